@@ -1,0 +1,276 @@
+//! The gate: whether a disk's workers may take requests from their rings.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use crate::{Error, ErrorKind, Result};
+
+/// Stands between a disk's virtqueues and their workers.
+///
+/// Open, it costs a worker one uncontended atomic addition a request. Closed, requests stay in the guest's own rings;
+/// nothing is queued here. A worker enters the gate through its own [`Lane`].
+///
+/// ```text
+///   open ──close()──▶ closed ──drain()──▶ quiesced ──open(), drop──▶ open
+/// ```
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// How many [`Closed`] there are. Zero is open.
+    closers: AtomicUsize,
+    lanes: Mutex<Vec<Arc<LaneState>>>,
+    drained: Condvar,
+}
+
+#[derive(Debug)]
+struct LaneState {
+    /// Requests accepted whose used ring entry is not yet written.
+    in_flight: AtomicU64,
+    /// When the first request was refused since the gate closed.
+    refused: Mutex<Option<Instant>>,
+    waker: Waker,
+}
+
+/// What the guest felt of a closed gate.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Wait {
+    /// How long the longest waiting request stood before the gate, from its refusal to the opening.
+    pub longest: Duration,
+    /// How many lanes had requests waiting.
+    pub lanes: usize,
+}
+
+impl Gate {
+    /// A lane for one worker. `waker` is called when the gate opens, and the worker then looks at its ring again.
+    pub fn lane(self: &Arc<Self>, waker: Waker) -> Lane {
+        let state = Arc::new(LaneState { in_flight: AtomicU64::new(0), refused: Mutex::new(None), waker });
+        self.lock().push(Arc::clone(&state));
+        Lane { gate: Arc::clone(self), state }
+    }
+
+    /// Stops the taking of requests on every lane, at once. Those in flight go on.
+    pub fn close(self: &Arc<Self>) -> Closed {
+        self.closers.fetch_add(1, Ordering::SeqCst);
+        Closed { gate: Arc::clone(self) }
+    }
+
+    /// Whether anybody holds it closed.
+    pub fn is_closed(&self) -> bool {
+        self.closers.load(Ordering::SeqCst) != 0
+    }
+
+    /// Requests in flight on all lanes.
+    pub fn in_flight(&self) -> u64 {
+        in_flight(&self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Arc<LaneState>>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn in_flight(lanes: &[Arc<LaneState>]) -> u64 {
+    lanes.iter().map(|lane| lane.in_flight.load(Ordering::SeqCst)).sum()
+}
+
+/// A worker's way through the gate. Dropping it takes the lane away; its requests must have left.
+#[derive(Debug)]
+pub struct Lane {
+    gate: Arc<Gate>,
+    state: Arc<LaneState>,
+}
+
+impl Lane {
+    /// Asks to take one request that is known to wait in the ring. `false` if the gate is closed: leave it there.
+    ///
+    /// # Ordering
+    /// The addition comes before the look at `closers`, and [`Gate::close`] comes before [`Closed::drain`]'s look at
+    /// the counts, all sequentially consistent: either the worker sees the gate closed or the drain sees the request.
+    #[must_use = "a request that was refused must stay in the ring"]
+    pub fn enter(&self) -> bool {
+        self.state.in_flight.fetch_add(1, Ordering::SeqCst);
+        if self.gate.closers.load(Ordering::SeqCst) == 0 {
+            return true;
+        }
+        self.state.refused().get_or_insert_with(Instant::now);
+        self.leave(1);
+        // The gate may have opened since the look at it, and its waker may have come before this refusal.
+        if self.gate.closers.load(Ordering::SeqCst) == 0 {
+            self.state.waker.wake_by_ref();
+        }
+        false
+    }
+
+    /// Reports `count` requests whose used ring entries have been written.
+    pub fn leave(&self, count: u64) {
+        let before = self.state.in_flight.fetch_sub(count, Ordering::SeqCst);
+        debug_assert!(before >= count, "more requests left the gate than had entered");
+        if before == count && self.gate.is_closed() {
+            // Taking the lock orders this with a drain that has looked but not yet slept.
+            drop(self.gate.lock());
+            self.gate.drained.notify_all();
+        }
+    }
+
+    /// Requests of this lane in flight.
+    pub fn in_flight(&self) -> u64 {
+        self.state.in_flight.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.gate.lock().retain(|state| !Arc::ptr_eq(state, &self.state));
+        self.gate.drained.notify_all();
+    }
+}
+
+impl LaneState {
+    fn refused(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A hold on a closed gate; it opens when the last hold is let go.
+#[derive(Debug)]
+#[must_use = "dropping it opens the gate"]
+pub struct Closed {
+    gate: Arc<Gate>,
+}
+
+impl Closed {
+    /// Waits until no request is in flight: from then on the disk is quiesced. Fails at the deadline, with the gate
+    /// still closed.
+    pub fn drain(&self, deadline: Instant) -> Result<()> {
+        let mut lanes = self.gate.lock();
+        loop {
+            let left = in_flight(&lanes);
+            if left == 0 {
+                return Ok(());
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                let story = format!("{left} requests were still in flight at the drain's deadline");
+                return Err(Error::new(ErrorKind::TimedOut, story));
+            }
+            lanes = match self.gate.drained.wait_timeout(lanes, deadline - now) {
+                Ok((lanes, _)) => lanes,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// Lets go, and tells how long requests waited.
+    pub fn open(self) -> Wait {
+        let gate = Arc::clone(&self.gate);
+        // Read before the gate opens: afterwards the refusals could be another closing's.
+        let wait = gate.wait(Instant::now());
+        drop(self);
+        wait
+    }
+}
+
+impl Gate {
+    fn wait(&self, now: Instant) -> Wait {
+        let mut wait = Wait::default();
+        for refused in self.lock().iter().filter_map(|lane| *lane.refused()) {
+            wait.longest = wait.longest.max(now.saturating_duration_since(refused));
+            wait.lanes += 1;
+        }
+        wait
+    }
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        let lanes = self.gate.lock();
+        if self.gate.closers.fetch_sub(1, Ordering::SeqCst) == 1 {
+            for lane in lanes.iter() {
+                *lane.refused() = None;
+                lane.waker.wake_by_ref();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(20)
+    }
+
+    #[test]
+    fn closed_refuses_and_opens_again() {
+        let gate = Arc::new(Gate::default());
+        let lane = gate.lane(Waker::noop().clone());
+        assert!(lane.enter());
+        let closed = gate.close();
+        assert!(!lane.enter());
+        assert_eq!(closed.drain(soon()).unwrap_err().kind(), ErrorKind::TimedOut);
+        lane.leave(1);
+        closed.drain(soon()).unwrap();
+        thread::sleep(Duration::from_millis(2));
+        let wait = closed.open();
+        assert!(wait.longest >= Duration::from_millis(2), "{wait:?}");
+        assert_eq!(wait.lanes, 1);
+        assert!(lane.enter());
+        lane.leave(1);
+    }
+
+    #[test]
+    fn two_holds_keep_it_closed_until_the_last() {
+        let gate = Arc::new(Gate::default());
+        let lane = gate.lane(Waker::noop().clone());
+        let (first, second) = (gate.close(), gate.close());
+        drop(first);
+        assert!(!lane.enter());
+        drop(second);
+        assert!(lane.enter());
+        lane.leave(1);
+    }
+
+    #[test]
+    fn a_lane_that_goes_away_does_not_hold_up_a_drain() {
+        let gate = Arc::new(Gate::default());
+        let lane = gate.lane(Waker::noop().clone());
+        let closed = gate.close();
+        drop(lane);
+        closed.drain(soon()).unwrap();
+        assert_eq!(closed.open(), Wait::default());
+    }
+
+    /// Workers enter and leave as fast as they can; whoever is quiesced must never see one inside.
+    #[test]
+    fn nobody_is_inside_while_quiesced() {
+        let gate = Arc::new(Gate::default());
+        let (stop, inside) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let workers: Vec<_> = (0..3)
+            .map(|_| {
+                let (lane, stop) = (gate.lane(Waker::noop().clone()), Arc::clone(&stop));
+                let inside = Arc::clone(&inside);
+                thread::spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        if lane.enter() {
+                            inside.fetch_add(1, Ordering::Relaxed);
+                            inside.fetch_sub(1, Ordering::Relaxed);
+                            lane.leave(1);
+                        }
+                    }
+                })
+            })
+            .collect();
+        for _ in 0..500 {
+            let closed = gate.close();
+            closed.drain(Instant::now() + Duration::from_secs(10)).unwrap();
+            assert_eq!(inside.load(Ordering::Relaxed), 0);
+            drop(closed);
+        }
+        stop.store(true, Ordering::Relaxed);
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+    }
+}

@@ -1,0 +1,2 @@
+//! Consistent snapshots for running virtual machines.
+fn main() {}

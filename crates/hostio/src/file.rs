@@ -1,0 +1,215 @@
+//! Host files and block devices as [`Storage`].
+
+use std::fs::{File, OpenOptions};
+use std::num::NonZeroU32;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use block::{ByteRange, Context, Error, ErrorKind, Result, Storage};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, seek};
+
+use crate::lock;
+
+/// Whether data I/O goes through the host's page cache.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Cache {
+    /// Through the page cache; a flush writes it out.
+    #[default]
+    Writeback,
+    /// Past the page cache (`O_DIRECT`).
+    None,
+}
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug)]
+pub struct Open {
+    /// For writing, and then nobody else may write it.
+    pub writable: bool,
+    /// The way of data I/O.
+    pub cache: Cache,
+}
+
+/// An open image file or block device, locked the way QEMU locks it, so that QEMU's tools and we refuse each other
+/// what would do harm.
+#[derive(Debug)]
+pub struct HostFile {
+    path: PathBuf,
+    file: File,
+    /// A second descriptor with `O_DIRECT`, and the alignment that it asks for.
+    direct: Option<(File, NonZeroU32)>,
+    is_device: bool,
+}
+
+impl HostFile {
+    /// Opens an existing image. Anything but a regular file or a block device is refused, before it could block us.
+    pub fn open(path: &Path, how: Open) -> Result<Self> {
+        Self::open_with(path, how, OpenOptions::new().read(true).write(how.writable))
+            .context(|| format!("open {}", path.display()))
+    }
+
+    /// Creates a new image file, mode 0600; fails if there is one.
+    pub fn create(path: &Path, cache: Cache) -> Result<Self> {
+        let how = Open { writable: true, cache };
+        Self::open_with(path, how, OpenOptions::new().read(true).write(true).create_new(true).mode(0o600))
+            .context(|| format!("create {}", path.display()))
+    }
+
+    fn open_with(path: &Path, how: Open, options: &mut OpenOptions) -> Result<Self> {
+        // Without O_NONBLOCK a FIFO would hold the open until somebody writes to it.
+        let file = options.custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+        let metadata = file.metadata()?;
+        let is_device = metadata.file_type().is_block_device();
+        if !is_device && !metadata.is_file() {
+            return Err(Error::new(ErrorKind::InvalidInput, "neither a regular file nor a block device"));
+        }
+        lock::acquire(&file, how.writable)?;
+        let direct = match how.cache {
+            Cache::Writeback => None,
+            Cache::None => Some((open_direct(path, how.writable, &metadata)?, direct_alignment(&file)?)),
+        };
+        Ok(Self { path: path.to_owned(), file, direct, is_device })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        self.is_device
+    }
+
+    /// Gives up the right to write, so that others may open it for reading with the image sealed beneath a chain.
+    pub fn downgrade(&self) -> Result<()> {
+        lock::downgrade(&self.file)
+    }
+}
+
+/// Opens the same file once more; that it is the same is checked, for the path may have been replaced meanwhile.
+fn open_direct(path: &Path, writable: bool, expected: &std::fs::Metadata) -> Result<File> {
+    let flags = (OFlags::DIRECT | OFlags::NONBLOCK).bits().cast_signed();
+    let file = OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path).context(
+        || "open past the page cache (the file system may not support O_DIRECT: use cache=writeback)",
+    )?;
+    let found = file.metadata()?;
+    if (found.dev(), found.ino()) != (expected.dev(), expected.ino()) {
+        return Err(Error::new(ErrorKind::Busy, "the file was replaced while being opened"));
+    }
+    Ok(file)
+}
+
+/// What `O_DIRECT` asks for: the device's logical block size where it is one, else 4 KiB, which every file system
+/// that takes direct I/O accepts.
+fn direct_alignment(file: &File) -> Result<NonZeroU32> {
+    let size = match file.metadata()?.file_type().is_block_device() {
+        true => rustix::fs::ioctl_blksszget(file).map_err(std::io::Error::from)?,
+        false => 4096,
+    };
+    NonZeroU32::new(size).ok_or_else(|| Error::new(ErrorKind::Io, "the device reports no block size"))
+}
+
+impl Storage for HostFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.file.read_exact_at(buf, offset).context(|| format!("read {} at {offset}", self.path.display()))
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.file.write_all_at(buf, offset).context(|| format!("write {} at {offset}", self.path.display()))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.file.sync_data().context(|| format!("sync {}", self.path.display()))
+    }
+
+    fn len(&self) -> Result<u64> {
+        match self.is_device {
+            // A device has no length in its inode; the end of it is found by seeking.
+            true => Ok(seek(&self.file, SeekFrom::End(0)).map_err(std::io::Error::from)?),
+            false => Ok(self.file.metadata()?.len()),
+        }
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.file.set_len(len).context(|| format!("resize {} to {len}", self.path.display()))
+    }
+
+    fn punch_hole(&self, range: ByteRange) -> Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&self.file, flags, range.offset, range.len)
+            .map_err(std::io::Error::from)
+            .context(|| format!("punch a hole in {} at {}", self.path.display(), range.offset))
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<ByteRange>> {
+        let len = self.len()?;
+        if offset >= len {
+            return Ok(None);
+        }
+        if self.is_device {
+            return Ok(Some(ByteRange { offset, len: len - offset }));
+        }
+        let start = match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Err(errno) => return Err(std::io::Error::from(errno).into()),
+        };
+        let end = seek(&self.file, SeekFrom::Hole(start)).map_err(std::io::Error::from)?;
+        Ok(Some(ByteRange { offset: start, len: end - start }))
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.direct.as_ref().map_or(self.file.as_fd(), |(file, _)| file.as_fd()))
+    }
+
+    fn direct_alignment(&self) -> Option<NonZeroU32> {
+        self.direct.as_ref().map(|(_, alignment)| *alignment)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WRITE: Open = Open { writable: true, cache: Cache::Writeback };
+    const READ: Open = Open { writable: false, cache: Cache::Writeback };
+
+    #[test]
+    fn holes_are_found_and_made() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = HostFile::create(&folder.path().join("a"), Cache::Writeback).unwrap();
+        file.set_len(1 << 20).unwrap();
+        assert_eq!(file.next_data(0).unwrap(), None);
+        file.write_at(&[1; 65536], 65536).unwrap();
+        assert_eq!(file.next_data(0).unwrap(), ByteRange::new(65536, 65536));
+        file.punch_hole(ByteRange { offset: 65536, len: 65536 }).unwrap();
+        assert_eq!(file.next_data(0).unwrap(), None);
+        assert_eq!(file.len().unwrap(), 1 << 20);
+    }
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        let writer = HostFile::create(&path, Cache::Writeback).unwrap();
+        assert_eq!(HostFile::open(&path, WRITE).unwrap_err().kind(), ErrorKind::Busy);
+        assert_eq!(HostFile::open(&path, READ).unwrap_err().kind(), ErrorKind::Busy);
+        writer.downgrade().unwrap();
+        let reader = HostFile::open(&path, READ).unwrap();
+        assert_eq!(HostFile::open(&path, WRITE).unwrap_err().kind(), ErrorKind::Busy);
+        drop((writer, reader));
+        HostFile::open(&path, WRITE).unwrap();
+    }
+
+    #[test]
+    fn only_files_and_devices() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(HostFile::open(folder.path(), READ).unwrap_err().kind(), ErrorKind::InvalidInput);
+        let fifo = folder.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert_eq!(HostFile::open(&fifo, READ).unwrap_err().kind(), ErrorKind::InvalidInput);
+        let missing = HostFile::open(&folder.path().join("b"), READ).unwrap_err();
+        assert_eq!(missing.kind(), ErrorKind::NotFound);
+    }
+}

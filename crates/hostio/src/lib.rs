@@ -1,0 +1,11 @@
+//! The one room that talks to the kernel about files: opening and locking images, punching holes, replacing small
+//! files atomically, and submitting I/O through io_uring.
+//!
+//! Everything here is a thin, safe skin. What needs `unsafe` opens it for its own module and says why.
+
+mod file;
+mod lock;
+mod small;
+
+pub use file::{Cache, HostFile, Open};
+pub use small::{boot_id, free_space, remove_file, replace_file, sync_dir};

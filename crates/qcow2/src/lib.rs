@@ -1,0 +1,1 @@
+//! The qcow2 image format: codec, mapping, allocation, refcounts, journal.

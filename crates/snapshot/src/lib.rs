@@ -1,0 +1,1 @@
+//! The cut: consistent snapshots of a group of disks.

@@ -1,0 +1,1 @@
+//! Conformance, crash and protocol suites that need no virtual machine.
