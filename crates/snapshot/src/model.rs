@@ -1,0 +1,263 @@
+//! What a snapshot is, as it is recorded, reported and sent as an event.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
+
+/// How sure it is that the guest's file systems are clean in the snapshot.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Grade {
+    /// Every mounted, writable file system on our disks was frozen, and stayed so until after the cut.
+    Filesystem,
+    /// As after a loss of power at the instant of the cut; file systems replay their journals.
+    Crash,
+}
+
+/// What to do about the guest agent.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FreezePolicy {
+    /// No snapshot without a freeze of grade `filesystem`.
+    Require,
+    /// Freeze if it can be had, else take a snapshot of grade `crash` and say why.
+    #[default]
+    Prefer,
+    /// Do not ask the agent.
+    Never,
+}
+
+/// Who freezes the guest.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FreezeOwner {
+    /// Frazil, through the agent's socket.
+    #[default]
+    Frazil,
+    /// The caller has frozen the guest by other means (libvirt) before it asks, and thaws it after.
+    External,
+    /// Nobody.
+    None,
+}
+
+/// The measured time of each step of a cut, in milliseconds; a step that did not take place is absent.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Timing {
+    /// Overlays created and synced, manifest written. The guest runs.
+    pub prepare: f64,
+    /// The guest's dirty memory written out ahead of the freeze. The guest runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pre_sync: Option<f64>,
+    /// From the freeze command to its reply.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze: Option<f64>,
+    /// Closing the gates of all disks of the group.
+    pub gate: f64,
+    /// Waiting for the requests in flight.
+    pub drain: f64,
+    /// The switch to the overlays.
+    pub pivot: f64,
+    /// Opening the gates.
+    pub open: f64,
+    /// From the thaw command to its confirmation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thaw: Option<f64>,
+    /// Syncing the old layers. The guest runs.
+    pub seal: f64,
+    /// How long no request was taken: from the closing of the first gate to the opening of the last.
+    pub gate_closed: f64,
+    /// How long the guest's file systems were frozen: from the freeze command to the confirmation of the thaw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen: Option<f64>,
+    /// The longest time a request waited before a gate because of this cut.
+    pub longest_wait: f64,
+}
+
+/// A [`Duration`] as [`Timing`] counts.
+pub fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// One disk's share of a snapshot: the image that now holds the frozen state.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SnapshotDisk {
+    /// The disk's id, as given to `--disk`.
+    pub id: String,
+    /// The image; with what it names as its backing file it holds the whole state.
+    pub path: PathBuf,
+    /// `raw` or `qcow2`.
+    pub format: ImageFormat,
+}
+
+/// The format of an image, always stated, never probed.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// The bytes as they are.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+/// A snapshot, as recorded.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SnapshotRecord {
+    /// Its name, unique among the daemon's snapshots.
+    pub name: String,
+    /// When the cut was made, on the host's clock.
+    #[serde(with = "time::serde::rfc3339")]
+    pub time: OffsetDateTime,
+    /// How clean the file systems are.
+    pub grade: Grade,
+    /// Why it has that grade, in words.
+    pub reason: String,
+    /// File systems that the agent said it froze; absent if it was not asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen_count: Option<u64>,
+    /// File systems that the agent said it thawed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thawed_count: Option<u64>,
+    /// The measured time of each step.
+    pub timing: Timing,
+    /// Whether the old layers are synced: until then a loss of the host's power may lose the snapshot.
+    pub sealed: bool,
+    /// The images that hold the frozen state, one a disk.
+    pub disks: Vec<SnapshotDisk>,
+}
+
+/// The steps of a cut, in order (design: PREPARE, pre-sync, FREEZE, GATE, DRAIN, PIVOT, OPEN, THAW, SEAL).
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// Overlays and manifest.
+    Prepare,
+    /// The guest writes out its dirty memory.
+    PreSync,
+    /// The guest's file systems stop.
+    Freeze,
+    /// No request is taken any more.
+    Gate,
+    /// The requests in flight end.
+    Drain,
+    /// The overlays become active.
+    Pivot,
+    /// Requests are taken again.
+    Open,
+    /// The guest's file systems go on.
+    Thaw,
+    /// The old layers are synced.
+    Seal,
+}
+
+/// What happened; the control server sends each as a QMP event, named in the comment, with these fields as data.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", untagged)]
+pub enum Event {
+    /// `FRAZIL_SNAPSHOT_STEP`: a step of a cut has ended.
+    Step {
+        /// The snapshot's name.
+        name: String,
+        /// Which step.
+        step: Step,
+        /// How long it took, in milliseconds.
+        milliseconds: f64,
+    },
+    /// `FRAZIL_SNAPSHOT_CREATED`: the snapshot stands, though it may not be sealed yet.
+    Created {
+        /// The snapshot.
+        snapshot: Box<SnapshotRecord>,
+    },
+    /// `FRAZIL_SNAPSHOT_SEALED`: it is on stable storage.
+    Sealed {
+        /// The snapshot's name.
+        name: String,
+    },
+    /// `FRAZIL_SNAPSHOT_FAILED`: it was undone.
+    Failed {
+        /// The snapshot's name.
+        name: String,
+        /// The step that failed.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
+    /// `FRAZIL_STALL`: a step takes, or a request waited, longer than it should.
+    Stall {
+        /// The snapshot's name.
+        name: String,
+        /// Which step.
+        step: Step,
+        /// How long so far, in milliseconds.
+        milliseconds: f64,
+    },
+    /// `FRAZIL_THAW_OWED`: a guest may be frozen and has not confirmed a thaw; Frazil keeps trying.
+    ThawOwed {
+        /// How many tries have failed.
+        tries: u64,
+        /// Why the last one failed.
+        reason: String,
+    },
+    /// `FRAZIL_THAW_CONFIRMED`: what was owed is paid.
+    ThawConfirmed {
+        /// How many file systems the agent says it thawed.
+        count: u64,
+    },
+    /// `FRAZIL_SPACE_LOW`: little room is left where layers grow.
+    SpaceLow {
+        /// The folder.
+        path: PathBuf,
+        /// Bytes left.
+        free: u64,
+    },
+}
+
+impl Event {
+    /// The event's name in QMP.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Step { .. } => "FRAZIL_SNAPSHOT_STEP",
+            Self::Created { .. } => "FRAZIL_SNAPSHOT_CREATED",
+            Self::Sealed { .. } => "FRAZIL_SNAPSHOT_SEALED",
+            Self::Failed { .. } => "FRAZIL_SNAPSHOT_FAILED",
+            Self::Stall { .. } => "FRAZIL_STALL",
+            Self::ThawOwed { .. } => "FRAZIL_THAW_OWED",
+            Self::ThawConfirmed { .. } => "FRAZIL_THAW_CONFIRMED",
+            Self::SpaceLow { .. } => "FRAZIL_SPACE_LOW",
+        }
+    }
+}
+
+/// What to take a snapshot of, and how.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct CreateRequest {
+    /// The snapshot's name: letters, digits, `-`, `_`, `.`; at most 64, not starting with a dot or dash.
+    pub name: String,
+    /// The disks, all at one cut; all the daemon's disks if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<String>>,
+    /// What to do about the agent; the daemon's default if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze: Option<FreezePolicy>,
+}
+
+/// A disk that the daemon serves.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskStatus {
+    /// The id given to `--disk`.
+    pub id: String,
+    /// Bytes.
+    pub capacity: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether a front-end is connected.
+    pub connected: bool,
+    /// The chain's images, the base first, the active layer last.
+    pub layers: Vec<SnapshotDisk>,
+}
