@@ -13,7 +13,7 @@ use crate::{
 pub struct RawDisk {
     storage: Arc<dyn Storage>,
     capacity: u64,
-    read_only: bool,
+    read_only: AtomicBool,
     failed: Arc<AtomicBool>,
 }
 
@@ -21,7 +21,12 @@ impl RawDisk {
     /// The disk in `storage`, as large as it is now (its odd last bytes past a sector are not shown).
     pub fn new(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
         let capacity = storage.len()? / crate::SECTOR * crate::SECTOR;
-        Ok(Self { storage, capacity, read_only, failed: Arc::default() })
+        Ok(Self { storage, capacity, read_only: AtomicBool::new(read_only), failed: Arc::default() })
+    }
+
+    /// Refuses writes from now on; those already resolved go on.
+    pub fn seal(&self) {
+        self.read_only.store(true, Ordering::Release);
     }
 
     fn check(&self, range: ByteRange) -> Result<()> {
@@ -35,7 +40,7 @@ impl RawDisk {
     }
 
     fn check_writable(&self, range: ByteRange) -> Result<()> {
-        if self.read_only {
+        if self.read_only() {
             return Err(Error::new(ErrorKind::ReadOnly, "the disk is read-only"));
         }
         check_latch(&self.failed)?;
@@ -72,7 +77,7 @@ impl Disk for RawDisk {
     }
 
     fn read_only(&self) -> bool {
-        self.read_only
+        self.read_only.load(Ordering::Acquire)
     }
 
     fn discard_granularity(&self) -> u32 {
