@@ -256,8 +256,6 @@ pub struct DiskStatus {
     pub capacity: u64,
     /// Whether writes are refused.
     pub read_only: bool,
-    /// Whether its I/O goes past the host's page cache (`cache=none`).
-    pub direct: bool,
     /// Whether a front-end is connected.
     pub connected: bool,
     /// The chain's images, the base first, the active layer last.
