@@ -1,1 +1,34 @@
-//! Real guests under QEMU.
+//! Real guests under QEMU, on disks that Frazil serves.
+//!
+//! ```text
+//!   test ──── Scratch ─ folder of images, sockets, logs; kept after a failure
+//!    │
+//!    ├─────── Daemon ── frazil serve … ◄── vhost-user-blk ──┐
+//!    │           ▲ frazil snapshot …                        │
+//!    └─────── Guest ─── QEMU ── kernel + initramfs (Image) ─┘
+//!                 ▲ control port: one line of shell at a time (guest/init)
+//!                 └ agent port: qemu-ga, Frazil's to use
+//! ```
+//!
+//! Lifecycle: whatever was started is killed by its process id when its value is dropped, in the middle of an error or
+//! a panic too. Every wait has a limit, and its error shows the end of the guest's console or the program's log.
+//!
+//! The guest is built here from Debian packages that `integration/deps` has unpacked: an uncompressed kernel, which
+//! QEMU starts directly, and an initramfs with busybox, qemu-ga, file system tools and `guest-workload`. It has no disk
+//! of its own, so every disk in it is one under test.
+
+mod error;
+mod guest;
+mod image;
+mod process;
+mod qmp;
+mod scratch;
+mod wait;
+
+pub use error::{Context, Error, Result};
+pub use guest::{Builder, FileSystem, Guest, Kind, Progress};
+pub use image::{Image, program};
+pub use process::Process;
+pub use qmp::Qmp;
+pub use scratch::Scratch;
+pub use wait::eventually;
