@@ -151,3 +151,17 @@ fn an_agent_that_has_gone_is_absent_to_the_next_call() {
     let error = session.ping(soon()).unwrap_err();
     assert!(matches!(error, AgentError::Absent { .. }), "{error}");
 }
+
+#[test]
+fn a_real_agent_that_wakes_up_late_is_synchronized_anew() {
+    let (agent, mut session, info) = RealAgent::start(&["guest-exec"]);
+    let signal = |name: &str| {
+        let pid = agent.child.id().to_string();
+        assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+    };
+    signal("-STOP");
+    let error = session.ping(Instant::now() + Duration::from_millis(200)).unwrap_err();
+    assert!(matches!(error, AgentError::Timeout { command: "guest-ping" }), "{error}");
+    signal("-CONT");
+    assert_eq!(session.info(soon()).unwrap(), info);
+}

@@ -34,7 +34,7 @@ use serde::Deserialize;
 use crate::session::{AgentInfo, Thawed};
 use crate::text::{list, quote};
 
-/// How long VSS holds writes before it lets go on its own (`VSS_TIMEOUT_FREEZE_MSEC` in QEMU's `vss-win32`).
+/// How long VSS holds writes before it lets go on its own (QEMU: `qga/vss-win32/requester.cpp`).
 const VSS_LIMIT: Duration = Duration::from_secs(10);
 
 /// A virtio-blk serial has at most so many bytes (virtio 1.2, 5.2.6); the guest sees no more of it.
@@ -240,8 +240,10 @@ impl Coverage {
         Verdict::crash(format!("the agent froze {frozen} of {wanted} file systems; {why}"))
     }
 
-    /// What the whole of it is worth: frozen `frozen`, held for `held` (from the freeze command to the drained gate), then
-    /// `thawed`.
+    /// What the whole of it is worth: frozen `frozen`, held for `held`, then `thawed`.
+    ///
+    /// `held` runs from the freeze's reply to the drained gate. (What VSS needs to get there is not part of its limit;
+    /// had it given up in between, the thaw's complaint says so.)
     pub fn grade(&self, frozen: u64, held: Duration, thawed: &Thawed) -> Verdict {
         let verdict = self.judge_freeze(frozen);
         if !verdict.whole {
