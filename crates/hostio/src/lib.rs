@@ -5,7 +5,9 @@
 
 mod file;
 mod lock;
+mod ring;
 mod small;
 
 pub use file::{Cache, HostFile, Open};
+pub use ring::{Completion, Ring, read_cached, write_now};
 pub use small::{boot_id, free_space, remove_file, replace_file, sync_dir};

@@ -1,0 +1,249 @@
+//! A disk's socket, and one session after the other.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use block::{Context, Disk, Error, ErrorKind, Gate, Result};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use vhost::vhost_user::{Error as VhostUserError, Listener};
+use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
+
+use crate::device::Device;
+use crate::engine::ID_LEN;
+use crate::guest::Memory;
+use crate::socket::{self, SocketFile};
+use crate::vring::SharedMemory;
+
+/// The framework names the queues of a thread in a word's bits.
+const MAX_QUEUES: u16 = 64;
+
+/// How long to wait before another try, when a session could not be set up (no descriptors, no memory).
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What a session tells.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SessionEvent {
+    /// A front-end has connected. Its queues may not be set up yet.
+    Connected,
+    /// It is gone, and nothing of it is in flight.
+    Disconnected,
+}
+
+/// What to serve, and where.
+pub struct DeviceConfig {
+    /// The disk's name, for logs and threads.
+    pub name: String,
+    /// The socket's path; see [`Server::start`].
+    pub socket: PathBuf,
+    /// What the guest reads as the disk's serial: at most 20 bytes of ASCII.
+    pub serial: String,
+    /// Virtqueues, 1 to 64, each with a worker thread. A front-end may use fewer; QEMU refuses to start with more.
+    pub queues: u16,
+    /// The disk.
+    pub disk: Arc<dyn Disk>,
+    /// The disk's gate. The workers of every session stand before it.
+    pub gate: Arc<Gate>,
+    /// Told of sessions, from the session's thread: it delays the next one while it runs.
+    pub on_session: Box<dyn Fn(SessionEvent) + Send + Sync>,
+}
+
+impl DeviceConfig {
+    /// The serial as a request for it is answered, filled up with zeroes. [`Server::start`] has checked its length.
+    pub(crate) fn serial_bytes(&self) -> [u8; ID_LEN] {
+        let mut bytes = self.serial.bytes();
+        std::array::from_fn(|_| bytes.next().unwrap_or(0))
+    }
+
+    fn check(&self) -> Result<()> {
+        let refuse = |story: String| Err(Error::new(ErrorKind::InvalidInput, story));
+        if !(1..=MAX_QUEUES).contains(&self.queues) {
+            return refuse(format!("{} queues; a device has 1 to {MAX_QUEUES}", self.queues));
+        }
+        if self.serial.len() > ID_LEN
+            || !self.serial.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ')
+        {
+            return refuse(format!("the serial `{}` is not at most {ID_LEN} ASCII characters", self.serial));
+        }
+        Ok(())
+    }
+}
+
+/// A disk being served.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    connected: AtomicBool,
+    stopping: AtomicBool,
+    /// Readable once `stopping` is set.
+    stop: OwnedFd,
+    session: Mutex<Option<Session>>,
+}
+
+/// How to end the session that is connected.
+struct Session(ShutdownHandle);
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Session")
+    }
+}
+
+impl Server {
+    /// Listens at the socket, mode 0600, and serves whoever connects, one after the other. A stale socket file is
+    /// replaced; [`ErrorKind::Busy`] if somebody listens there.
+    pub fn start(config: DeviceConfig) -> Result<Self> {
+        config.check()?;
+        let (listener, file) = socket::listen(&config.socket)?;
+        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?;
+        let shared = Arc::new(Shared {
+            connected: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            stop,
+            session: Mutex::new(None),
+        });
+        let (theirs, name) = (Arc::clone(&shared), format!("{}-session", config.name));
+        let thread = thread::Builder::new().name(name).spawn(move || theirs.run(&config, &listener, file));
+        Ok(Self { shared, thread: Some(thread.context(|| "start the session's thread")?) })
+    }
+
+    /// Whether a front-end is connected.
+    pub fn connected(&self) -> bool {
+        self.shared.connected.load(Ordering::Acquire)
+    }
+
+    /// Ends the session, if there is one, with all its requests answered, and removes the socket.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        // Only a counter near its end would refuse, and that one is readable.
+        let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
+        if let Some(session) = &*self.shared.session() {
+            session.0.shutdown();
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a session's thread panicked");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Shared {
+    fn session(&self) -> MutexGuard<'_, Option<Session>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
+    fn run(&self, config: &DeviceConfig, listener: &UnixListener, file: SocketFile) {
+        while self.wait_for_client(listener) {
+            if let Err(error) = self.serve(config, listener) {
+                tracing::error!(disk = config.name, "could not serve a front-end: {error}");
+                self.pause();
+            }
+        }
+        // The name goes before the listener: whoever comes in between finds nothing, and is not left hanging.
+        drop(file);
+    }
+
+    /// `false` when it is time to stop.
+    fn wait_for_client(&self, listener: &UnixListener) -> bool {
+        while !self.is_stopping() {
+            let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) if fds.iter().any(|fd| !fd.revents().is_empty()) => return !self.is_stopping(),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!("could not wait for a front-end: {error}");
+                    self.pause();
+                }
+            }
+        }
+        false
+    }
+
+    fn pause(&self) {
+        let timeout = Timespec { tv_sec: RETRY.as_secs().cast_signed(), tv_nsec: 0 };
+        let _ = poll(&mut [PollFd::new(&self.stop, PollFlags::IN)], Some(&timeout));
+    }
+
+    /// Serves the front-end that waits, to its end. A used daemon can not take another connection, so each gets its
+    /// own, and a device with it.
+    fn serve(&self, config: &DeviceConfig, listener: &UnixListener) -> Result<()> {
+        let memory = SharedMemory::new(Memory::new());
+        let device = Arc::new(Device::new(config, &memory)?);
+        let daemon = VhostUserDaemon::new(config.name.clone(), Arc::clone(&device), memory);
+        let served = match daemon {
+            Ok(mut daemon) => {
+                let served = self.converse(config, &device, &mut daemon, listener);
+                // The framework leaves the rings running when a front-end goes.
+                device.close();
+                served
+                // Here the daemon goes, and its threads are joined.
+            }
+            Err(error) => {
+                device.end_threads();
+                Err(other(&error))
+            }
+        };
+        device.close_exits();
+        if self.connected.swap(false, Ordering::AcqRel) {
+            (config.on_session)(SessionEvent::Disconnected);
+        }
+        served
+    }
+
+    fn converse(
+        &self,
+        config: &DeviceConfig,
+        device: &Arc<Device>,
+        daemon: &mut VhostUserDaemon<Arc<Device>>,
+        listener: &UnixListener,
+    ) -> Result<()> {
+        device.watch(daemon).context(|| "watch a worker's events")?;
+        daemon.start(&mut Listener::from(listener.try_clone()?)).map_err(|error| other(&error))?;
+        *self.session() = daemon.shutdown_handle().map(Session);
+        if self.is_stopping() {
+            daemon.request_shutdown();
+        }
+        self.connected.store(true, Ordering::Release);
+        tracing::info!(disk = config.name, "a front-end has connected");
+        (config.on_session)(SessionEvent::Connected);
+        let ended = daemon.wait();
+        *self.session() = None;
+        match ended {
+            Ok(()) | Err(DaemonError::HandleRequest(VhostUserError::Disconnected)) => {
+                tracing::info!(disk = config.name, "the front-end has disconnected");
+            }
+            Err(error) => tracing::warn!(disk = config.name, "the session ended: {error}"),
+        }
+        Ok(())
+    }
+}
+
+fn other(error: &DaemonError) -> Error {
+    Error::new(ErrorKind::Io, error.to_string())
+}

@@ -1,0 +1,342 @@
+//! A virtqueue's worker: from its ring, through the gate, to the engine, and back.
+//!
+//! A *turn* is what a worker does when an event wakes it. It goes round until there is nothing left to do:
+//! ```text
+//!   ┌─▶ reap completions ─▶ ask deferred again ─▶ pop requests ─▶ begin them ─▶ submit ─▶ publish ─┐
+//!   └──────────────────────────────────────────────────────────────────────────────────────────────┘
+//! ```
+//! The vring's lock is held while popping and while publishing, never over I/O, so that the session's messages are
+//! answered meanwhile.
+
+use std::num::Wrapping;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use block::{Disk, Gate, Lane, Result};
+use hostio::Ring;
+use vhost_user_backend::VringT;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddressSpace, Permissions};
+
+use crate::cache::CacheMode;
+use crate::complaint::Complaints;
+use crate::engine::{Engine, ID_LEN, Slot};
+use crate::guest::{Hold, Memory};
+use crate::request::{Op, Request, Segments, Status};
+use crate::vring::{SharedMemory, Vring};
+use crate::wake::Bell;
+
+/// Requests in flight of one queue. What a driver offers beyond them waits in its ring.
+const SLOTS: u16 = 256;
+
+/// Requests popped at a time; the ones in a batch are answered together.
+const BATCH: usize = 32;
+
+/// Rounds in a turn, before other events get theirs.
+const ROUNDS: usize = 64;
+
+/// Entries of the io_uring; a request that needs more submits early.
+const RING_ENTRIES: u32 = 128;
+
+/// What of a worker the session's thread may look at.
+#[derive(Debug)]
+pub(crate) struct QueueState {
+    pub(crate) bell: Arc<Bell>,
+    /// Requests popped whose used ring entries are not yet written.
+    in_flight: AtomicUsize,
+    /// Take no more requests, for good.
+    closing: AtomicBool,
+    /// The worker has seen `closing`, and nothing is in flight.
+    closed: Mutex<bool>,
+    idle: Condvar,
+}
+
+impl QueueState {
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            bell: Arc::new(Bell::new()?),
+            in_flight: AtomicUsize::new(0),
+            closing: AtomicBool::new(false),
+            closed: Mutex::new(false),
+            idle: Condvar::new(),
+        })
+    }
+
+    /// Waits until what was popped has been answered. The caller has made sure that no more is popped: the vring is
+    /// not ready. Requests in flight always end, so this does too, also while the gate is closed.
+    pub(crate) fn wait_idle(&self) {
+        let mut closed = self.lock();
+        while self.in_flight.load(Ordering::SeqCst) != 0 {
+            closed = self.idle.wait(closed).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Asks the worker to take no more requests.
+    pub(crate) fn close(&self) {
+        self.closing.store(true, Ordering::SeqCst);
+        self.bell.ring();
+    }
+
+    /// Waits until the worker has closed.
+    pub(crate) fn wait_closed(&self) {
+        let mut closed = self.lock();
+        while !*closed {
+            closed = self.idle.wait(closed).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::SeqCst)
+    }
+
+    fn answered(&self, count: usize) {
+        if self.in_flight.fetch_sub(count, Ordering::SeqCst) == count {
+            // The lock orders this with a waiter that has looked but not yet slept.
+            drop(self.lock());
+            self.idle.notify_all();
+        }
+    }
+
+    fn rest(&self) {
+        if self.is_closing() && self.in_flight.load(Ordering::SeqCst) == 0 {
+            *self.lock() = true;
+            self.idle.notify_all();
+        }
+    }
+}
+
+/// What a worker is made of.
+pub(crate) struct Parts {
+    pub(crate) name: String,
+    pub(crate) queue: usize,
+    pub(crate) disk: Arc<dyn Disk>,
+    pub(crate) serial: [u8; ID_LEN],
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) cache: Arc<CacheMode>,
+    pub(crate) memory: SharedMemory,
+    pub(crate) state: Arc<QueueState>,
+}
+
+/// How popping went.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Popped {
+    /// So many; the ring may hold more.
+    Some,
+    /// The ring is empty.
+    Empty,
+    /// The ring may hold requests, but none may be taken now. Whoever changes that wakes the worker: the gate's waker,
+    /// a completion that frees a slot, or the session that starts the ring.
+    Blocked,
+}
+
+/// One virtqueue's worker, driven by one thread.
+pub(crate) struct Worker {
+    engine: Engine,
+    /// `Box`, for the kernel holds on to what is in a slot.
+    slots: Box<[Slot]>,
+    free: Vec<u16>,
+    /// Popped in this round, and not yet begun.
+    popped: Vec<u16>,
+    segments: Segments,
+    lane: Lane,
+    state: Arc<QueueState>,
+    memory: SharedMemory,
+    hold: Hold,
+    complaints: Complaints,
+}
+
+impl Worker {
+    pub(crate) fn new(parts: Parts) -> Result<Self> {
+        let waker = std::task::Waker::from(Arc::clone(&parts.state.bell));
+        let complaints = || Complaints::new(parts.name.clone(), parts.queue);
+        Ok(Self {
+            engine: Engine::new(
+                parts.disk,
+                parts.serial,
+                parts.cache,
+                Ring::new(RING_ENTRIES)?,
+                waker.clone(),
+                complaints(),
+            ),
+            slots: (0..SLOTS).map(|_| Slot::default()).collect(),
+            free: (0..SLOTS).rev().collect(),
+            popped: Vec::with_capacity(BATCH),
+            segments: Segments::default(),
+            lane: parts.gate.lane(waker),
+            hold: Arc::new(parts.memory.memory().into_inner()),
+            memory: parts.memory,
+            complaints: complaints(),
+            state: parts.state,
+        })
+    }
+
+    /// The io_uring, to be watched for completions.
+    pub(crate) fn ring(&self) -> &Ring {
+        self.engine.ring()
+    }
+
+    /// Does what there is to do.
+    pub(crate) fn turn(&mut self, vring: &Vring) {
+        for _ in 0..ROUNDS {
+            let woken = self.state.bell.answer();
+            self.refresh_memory();
+            let mut busy = self.engine.reap(&mut self.slots);
+            // A finished request may be what a deferred one waits for, and then the bell has rung.
+            if woken {
+                self.engine.retry(&mut self.slots);
+            }
+            let popped = self.pop(vring);
+            self.begin();
+            if let Err(error) = self.engine.submit() {
+                self.complaints.ring("could not submit, trying again", &error);
+                self.state.bell.ring();
+            }
+            busy |= self.publish(vring) || popped == Popped::Some;
+            if !busy && (popped == Popped::Blocked || !self.rearm(vring)) {
+                return self.state.rest();
+            }
+        }
+        self.state.bell.ring();
+    }
+
+    /// Follows the front-end's changes of the memory table, so that a region it took away is not kept.
+    fn refresh_memory(&mut self) {
+        let current = self.memory.memory();
+        if !ptr::eq::<Memory>(&*current, &**self.hold) {
+            self.hold = Arc::new(current.into_inner());
+        }
+    }
+
+    /// Pops a batch of requests into slots.
+    fn pop(&mut self, vring: &Vring) -> Popped {
+        let mut vring = vring.get_mut();
+        if !vring.is_enabled() || !vring.get_queue().ready() || self.state.is_closing() {
+            return Popped::Blocked;
+        }
+        let (queue, hold) = (vring.get_queue_mut(), Arc::clone(&self.hold));
+        let memory: &Memory = &hold;
+        let next = Wrapping(queue.next_avail());
+        let waiting = match queue.avail_idx(memory, Ordering::Acquire) {
+            Ok(offered) => usize::from((offered - next).0),
+            Err(error) => return self.broken(&error),
+        };
+        if waiting == 0 {
+            return Popped::Empty;
+        }
+        if let Err(error) = queue.disable_notification(memory) {
+            return self.broken(&error);
+        }
+        let mut chains = match queue.iter(memory) {
+            Ok(chains) => chains,
+            Err(error) => return self.broken(&error),
+        };
+        let mut blocked = false;
+        while self.popped.len() < BATCH.min(waiting) {
+            blocked = self.free.is_empty() || !self.lane.enter();
+            if blocked {
+                break;
+            }
+            let (Some(chain), Some(index)) = (chains.next(), self.free.pop()) else {
+                // The ring has shrunk, or is not all in memory.
+                self.lane.leave(1);
+                blocked = true;
+                break;
+            };
+            let head = chain.head_index();
+            let request = self.segments.read(memory, chain);
+            if let Some(slot) = self.slots.get_mut(usize::from(index)) {
+                fill(slot, head, &request, &self.segments, &hold);
+            }
+            self.popped.push(index);
+        }
+        // Before the lock is let go: a ring that is stopped after it finds all that was popped.
+        self.state.in_flight.fetch_add(self.popped.len(), Ordering::SeqCst);
+        match (self.popped.is_empty(), blocked) {
+            (false, _) => Popped::Some,
+            (true, true) => Popped::Blocked,
+            (true, false) => Popped::Empty,
+        }
+    }
+
+    fn broken(&mut self, error: &virtio_queue::Error) -> Popped {
+        self.complaints.ring("the driver's ring makes no sense", error);
+        Popped::Blocked
+    }
+
+    fn begin(&mut self) {
+        for index in self.popped.drain(..) {
+            if let Some(slot) = self.slots.get_mut(usize::from(index)) {
+                self.engine.begin(index, slot);
+            }
+        }
+    }
+
+    /// Answers the requests that have ended, all with one call; `false` if there were none.
+    fn publish(&mut self, vring: &Vring) -> bool {
+        if self.engine.finished.is_empty() {
+            return false;
+        }
+        let count = self.engine.finished.len();
+        {
+            let mut vring = vring.get_mut();
+            let queue = vring.get_queue_mut();
+            let memory: &Memory = &self.hold;
+            for &index in &self.engine.finished {
+                let Some(slot) = self.slots.get(usize::from(index)) else { continue };
+                let len = write_status(slot);
+                if let Err(error) = queue.add_used(memory, slot.head, len) {
+                    self.complaints.ring("could not write to the used ring", &error);
+                }
+            }
+            if queue.needs_notification(memory).unwrap_or(true)
+                && let Err(error) = vring.signal_used_queue()
+            {
+                self.complaints.ring("could not call the driver", &error);
+            }
+        }
+        for index in self.engine.finished.drain(..) {
+            if let Some(slot) = self.slots.get_mut(usize::from(index)) {
+                slot.clear();
+            }
+            self.free.push(index);
+        }
+        self.lane.leave(count as u64);
+        self.state.answered(count);
+        true
+    }
+
+    /// Asks the driver to kick again; `true` if it has offered something meanwhile.
+    fn rearm(&mut self, vring: &Vring) -> bool {
+        let mut vring = vring.get_mut();
+        let more = vring.get_queue_mut().enable_notification(&**self.hold);
+        more.unwrap_or_else(|error| {
+            self.complaints.ring("could not ask for kicks", &error);
+            false
+        })
+    }
+}
+
+/// Makes a slot of a request.
+fn fill(slot: &mut Slot, head: u16, request: &Request, segments: &Segments, hold: &Hold) {
+    let access = if matches!(request.op, Op::Write(_)) { Permissions::Read } else { Permissions::Write };
+    let mapped = slot.buffer.map(hold, segments.data(&request.op), access);
+    slot.op = Some(if mapped { request.op } else { Op::Refuse(Status::IoError) });
+    slot.head = head;
+    slot.status_at = request.status;
+    slot.written = 0;
+}
+
+/// Writes the status byte, and returns how many bytes of the chain were written in all: none if the status could not
+/// be, for then the driver must not trust the rest.
+fn write_status(slot: &Slot) -> u32 {
+    let written = match (slot.status_at, slot.buffer.memory()) {
+        (Some(addr), Some(memory)) => memory.write_obj(slot.status as u8, addr).is_ok(),
+        _ => false,
+    };
+    if written { slot.written.saturating_add(1) } else { 0 }
+}
