@@ -1,0 +1,49 @@
+# `make` alone says what there is.
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+
+# nextest runs each test in a process of its own and tells more; plain `cargo test` does as well.
+RUN_TESTS = $(if $(shell $(CARGO) nextest --version 2>/dev/null),$(CARGO) nextest run --no-fail-fast,$(CARGO) test --no-fail-fast)
+
+.PHONY: help
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+.PHONY: demo
+demo: deps build ## boot a real guest, take two snapshots under load, verify them
+	@$(CARGO) run --quiet --release -p frazil-integration --bin demo
+
+.PHONY: test
+test: deps ## run all tests, those with real guests included
+	$(CARGO) build --quiet
+	$(RUN_TESTS) --workspace
+	$(CARGO) test --quiet --workspace --doc
+
+.PHONY: check
+check: lint test ## the gate: everything that must hold before a commit
+
+.PHONY: lint
+lint: ## format, clippy, rustdoc, licences and advisories
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --quiet --workspace --no-deps --document-private-items
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny --log-level error check; \
+	else echo "lint: licences and advisories not checked, cargo-deny is not installed"; fi
+
+.PHONY: bench
+bench: deps build ## measure against qemu-storage-daemon on the same file
+	@$(CARGO) run --quiet --release -p frazil-integration --bin bench
+
+.PHONY: build
+build: ## build the release binary
+	$(CARGO) build --quiet --release
+
+.PHONY: install
+install: build ## install to PREFIX, /usr/local if not set
+	install -Dm755 target/release/frazil $(DESTDIR)$(PREFIX)/bin/frazil
+	install -Dm644 crates/frazil/dist/frazil@.service $(DESTDIR)$(PREFIX)/lib/systemd/system/frazil@.service
+
+.PHONY: deps
+deps: ## install what tests and demo need beside Rust (Debian, as root)
+	@integration/deps

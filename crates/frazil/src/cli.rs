@@ -1,0 +1,228 @@
+//! The command line's words, fixed, for others script against them.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use clap_complete::Shell;
+use snapshot::{FreezeOwner, FreezePolicy, ImageFormat};
+
+use crate::config::{DiskConfig, parse_disk, word};
+use crate::failure::EXIT_CODES;
+
+/// Consistent snapshots for running virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "frazil", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve disks to a virtual machine until SIGTERM, SIGINT or `quit`.
+    Serve(Serve),
+    /// Take, list, export, delete and go back to snapshots.
+    #[command(subcommand)]
+    Snapshot(Snapshot),
+    /// Show the daemon's disks and what it is doing.
+    Status {
+        #[command(flatten)]
+        daemon: Daemon,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = DISK_KEYS)]
+pub(crate) struct Serve {
+    /// A TOML file with the same words as keys, instead of all other flags.
+    #[arg(long, value_name = "FILE")]
+    #[arg(conflicts_with_all = ["state", "control", "agent", "disks", "freeze_owner", "freeze", "pre_sync"])]
+    pub(crate) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) flags: ServeFlags,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ServeFlags {
+    /// The state directory, created if it is missing.
+    #[arg(long, value_name = "DIR", required_unless_present = "config")]
+    pub(crate) state: Option<PathBuf>,
+    /// Where to listen for QMP clients and the commands of this program.
+    #[arg(long, value_name = "SOCK", required_unless_present = "config")]
+    pub(crate) control: Option<PathBuf>,
+    /// The guest agent's socket; it need not exist yet.
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) agent: Option<PathBuf>,
+    /// A disk to serve; may be given many times. Its keys are below.
+    #[arg(long = "disk", value_name = "KEY=VALUE,…", required_unless_present = "config", value_parser = parse_disk)]
+    pub(crate) disks: Vec<DiskConfig>,
+    /// Who freezes the guest: Frazil, whoever asks for a snapshot, or nobody.
+    #[arg(long, value_name = "WHO", default_value = "frazil", value_parser = word::<FreezeOwner>())]
+    pub(crate) freeze_owner: FreezeOwner,
+    /// What a snapshot does about the freeze if it does not say.
+    #[arg(long, value_name = "POLICY", default_value = "prefer", value_parser = word::<FreezePolicy>())]
+    pub(crate) freeze: FreezePolicy,
+    /// Let the guest write out its dirty memory before the freeze, where its agent allows that.
+    #[arg(long, value_name = "SWITCH", default_value = "on", value_parser = word::<bool>())]
+    #[arg(action = ArgAction::Set)]
+    pub(crate) pre_sync: bool,
+}
+
+const DISK_KEYS: &str = "Keys of --disk, separated by commas; a comma inside a value is written twice:
+  id=ID               the disk's name in snapshots and commands
+  path=FILE           the base image: a file or a block device
+  format=raw|qcow2    its format; never guessed
+  socket=SOCK         where the front-end (QEMU) connects
+  queues=N            request queues, from 1 to 64; 1 if absent, at least the front-end's num-queues
+  serial=S            what the guest sees, at most 20 characters; the id if absent
+  readonly=on|off     refuse the guest's writes; off if absent
+  cache=writeback|none
+                      through the host's page cache (if absent), or past it (O_DIRECT)";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Snapshot {
+    /// Take a snapshot of all disks, or of some, at one instant.
+    Create {
+        #[command(flatten)]
+        what: What,
+        #[command(flatten)]
+        daemon: Daemon,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Freeze the guest and hold its requests until `release` or `abort`, for those who coordinate several hosts.
+    Prepare {
+        #[command(flatten)]
+        what: What,
+        /// Undo it all if nobody releases it within this time.
+        #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+        lease: Duration,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Make the cut that was prepared, and let the guest go on.
+    Release {
+        /// The snapshot's name.
+        name: String,
+        #[command(flatten)]
+        daemon: Daemon,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Undo what was prepared, and let the guest go on.
+    Abort {
+        /// The snapshot's name.
+        name: String,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// List the snapshots.
+    List {
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show one snapshot: times, images, and the state of the file systems in it.
+    Show {
+        /// The snapshot's name.
+        name: String,
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Delete a snapshot; what the guest sees does not change.
+    Delete {
+        /// The snapshot's name.
+        name: String,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Copy one disk of a snapshot to a new image that stands on its own.
+    Export {
+        /// The snapshot's name.
+        name: String,
+        /// Which disk.
+        #[arg(long, value_name = "ID")]
+        disk: String,
+        /// The new image's format.
+        #[arg(long, value_name = "FORMAT", value_parser = word::<ImageFormat>())]
+        format: ImageFormat,
+        /// The new image.
+        out: PathBuf,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Go back to a snapshot while no guest is connected; what was written since is lost.
+    Revert {
+        /// The snapshot's name.
+        name: String,
+        /// Lose the snapshots taken since, too.
+        #[arg(long)]
+        discard_newer: bool,
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+/// What to take a snapshot of.
+#[derive(Args, Debug)]
+pub(crate) struct What {
+    /// A new name: letters, digits, `-`, `_` and `.`, at most 64.
+    pub(crate) name: String,
+    /// Only these disks, separated by commas; all if absent.
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub(crate) disks: Option<Vec<String>>,
+    /// What to do about the freeze; the daemon's own policy if absent.
+    #[arg(long, value_name = "POLICY", value_parser = word::<FreezePolicy>())]
+    pub(crate) freeze: Option<FreezePolicy>,
+}
+
+/// A running daemon.
+#[derive(Args, Debug)]
+pub(crate) struct Daemon {
+    /// The daemon's control socket [default: $FRAZIL_CONTROL, else /run/frazil/control.sock for root and
+    /// $XDG_RUNTIME_DIR/frazil.sock for others]
+    #[arg(long, value_name = "SOCK")]
+    pub(crate) control: Option<PathBuf>,
+}
+
+/// A running daemon, or the state directory of one that does not run.
+#[derive(Args, Debug)]
+pub(crate) struct Place {
+    #[command(flatten)]
+    pub(crate) daemon: Daemon,
+    /// The state directory of a daemon that does not run, instead of --control.
+    #[arg(long, value_name = "DIR", conflicts_with = "control")]
+    pub(crate) state: Option<PathBuf>,
+}
+
+/// For people or for programs.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Output {
+    /// Print JSON, and nothing else, to standard output.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What the daemon grants at most: a guest without its disks complains after 120 s.
+const MAX_LEASE: u64 = 60;
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (1..=MAX_LEASE).contains(seconds));
+    seconds
+        .map(Duration::from_secs)
+        .ok_or_else(|| format!("a lease is a number of seconds from 1 to {MAX_LEASE}"))
+}
+
+#[cfg(test)]
+mod tests;

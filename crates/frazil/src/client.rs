@@ -1,0 +1,97 @@
+//! The commands: ask a daemon, or a state directory; print for people or for programs.
+
+mod print;
+mod progress;
+mod table;
+mod via;
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+use snapshot::{CreateRequest, FreezePolicy, Grade, SnapshotRecord};
+
+use crate::cli::{Daemon, Output, Snapshot, What};
+use crate::failure::{Exit, Failure};
+use print::{print, show_or_json};
+use via::{Connection, Export, Via};
+
+/// `frazil status`.
+pub(crate) fn status(daemon: &Daemon, output: Output) -> Result<(), Failure> {
+    let status = Connection::open(daemon)?.ask("show the status", "query-frazil", json!({}))?;
+    show_or_json(output, &status, table::status)
+}
+
+/// `frazil snapshot …`.
+pub(crate) fn snapshot(command: Snapshot) -> Result<(), Failure> {
+    match command {
+        Snapshot::Create { what, daemon, output } => create(what, &daemon, output),
+        Snapshot::Prepare { what, lease, daemon } => {
+            let name = what.name.clone();
+            let mut arguments = arguments(what)?;
+            arguments["lease"] = json!(lease.as_millis() as u64);
+            Connection::open(&daemon)?.ask(
+                &format!("prepare snapshot {name}"),
+                "snapshot-prepare",
+                arguments,
+            )?;
+            let left = lease.as_secs();
+            print(&format!("prepared {name}: the guest is held; release or abort it within {left} s\n"))
+        }
+        Snapshot::Release { name, daemon, output } => {
+            let what = format!("release snapshot {name}");
+            let record =
+                Connection::open(&daemon)?.ask(&what, "snapshot-release", json!({ "name": name }))?;
+            show_or_json(output, &record, table::snapshot)
+        }
+        Snapshot::Abort { name, daemon } => {
+            let what = format!("abort snapshot {name}");
+            Connection::open(&daemon)?.ask(&what, "snapshot-abort", json!({ "name": name }))?;
+            print(&format!("aborted {name}: the guest goes on\n"))
+        }
+        Snapshot::List { place, output } => {
+            let list = Via::open(&place)?.list()?;
+            show_or_json(output, &list, |records: &Vec<_>| table::list(records))
+        }
+        Snapshot::Show { name, place, output } => {
+            show_or_json(output, &Via::open(&place)?.show(&name)?, table::snapshot)
+        }
+        Snapshot::Delete { name, place } => {
+            Via::open(&place)?.delete(&name)?;
+            print(&format!("deleted {name}\n"))
+        }
+        Snapshot::Export { name, disk, format, out, place } => {
+            let out = absolute(out)?;
+            Via::open(&place)?.export(&Export { name: &name, disk: &disk, format, target: &out })?;
+            print(&format!("exported disk {disk} of {name} to {}\n", out.display()))
+        }
+        Snapshot::Revert { name, discard_newer, place } => {
+            Via::open(&place)?.revert(&name, discard_newer)?;
+            print(&format!("reverted to {name}\n"))
+        }
+    }
+}
+
+fn create(what: What, daemon: &Daemon, output: Output) -> Result<(), Failure> {
+    let (name, policy) = (what.name.clone(), what.freeze);
+    let doing = format!("create snapshot {name}");
+    let value = Connection::open(daemon)?.ask(&doing, "snapshot-create", arguments(what)?)?;
+    show_or_json(output, &value, table::snapshot)?;
+    let record: SnapshotRecord = print::decode(&doing, &value)?;
+    if policy == Some(FreezePolicy::Require) && record.grade == Grade::Crash {
+        let cause = format!("it was taken, but with grade `crash`: {}", record.reason);
+        return Err(Failure::new(Exit::CrashGrade, doing, cause)
+            .hint(format!("keep it as it is, or `frazil snapshot delete {name}` and try again")));
+    }
+    Ok(())
+}
+
+fn arguments(what: What) -> Result<Value, Failure> {
+    let request = CreateRequest { name: what.name, disks: what.disks, freeze: what.freeze };
+    serde_json::to_value(request).map_err(|error| Failure::new(Exit::Failed, "write the request", error))
+}
+
+/// The daemon has another working directory.
+fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
+    std::path::absolute(&path)
+        .map_err(|error| Failure::new(Exit::Failed, format!("find {}", path.display()), error))
+}

@@ -1,0 +1,193 @@
+//! Who is asked: a running daemon by its socket, or a state directory whose daemon does not run.
+
+use std::path::{Path, PathBuf};
+
+use block::ErrorKind;
+use control::Service;
+use control::client::{Client, ClientError};
+use serde::Serialize;
+use serde_json::{Value, json};
+use snapshot::ImageFormat;
+
+use super::progress::Progress;
+use crate::cli::{Daemon, Place};
+use crate::config::Word;
+use crate::failure::{Exit, Failure};
+use crate::serve;
+
+/// A connection to a daemon, negotiated.
+pub(super) struct Connection {
+    client: Client,
+    socket: PathBuf,
+}
+
+impl Connection {
+    /// Connects to the socket that was given, or to the one where a daemon usually is.
+    pub(super) fn open(daemon: &Daemon) -> Result<Self, Failure> {
+        let socket = daemon.control.clone().unwrap_or_else(usual_socket);
+        match Client::connect(&socket) {
+            Ok(client) => Ok(Self { client, socket }),
+            Err(error) => Err(unreachable(&format!("connect to {}", socket.display()), &error).hint(
+                "is `frazil serve` running with this --control? Without it, --state asks its directory",
+            )),
+        }
+    }
+
+    /// Runs one command; `what` is what it does, for the user who reads that it failed.
+    pub(super) fn ask(&mut self, what: &str, command: &str, arguments: Value) -> Result<Value, Failure> {
+        self.ask_watching(what, command, arguments, &mut |_, _| {})
+    }
+
+    fn ask_watching(
+        &mut self,
+        what: &str,
+        command: &str,
+        arguments: Value,
+        on_event: &mut dyn FnMut(&str, &Value),
+    ) -> Result<Value, Failure> {
+        self.client.execute(command, arguments, on_event).map_err(|error| match error {
+            ClientError::Command { class, desc } => {
+                let failure = Failure::new(Exit::Failed, what, desc);
+                match class.as_str() {
+                    "DeviceNotFound" => failure.hint("`frazil snapshot list` and `frazil status` show what there is"),
+                    "CommandNotFound" => failure.hint("the daemon is of another version: restart it"),
+                    _ => failure,
+                }
+            }
+            lost => unreachable(what, &lost).hint(format!(
+                "what became of it is not known: when the daemon is back, `frazil snapshot list --control {}`",
+                self.socket.display()
+            )),
+        })
+    }
+}
+
+fn unreachable(what: &str, error: &ClientError) -> Failure {
+    Failure::new(Exit::Unreachable, what, error)
+}
+
+/// `$FRAZIL_CONTROL`; else where the file hierarchy has sockets of root, and of other users.
+fn usual_socket() -> PathBuf {
+    if let Some(given) = std::env::var_os("FRAZIL_CONTROL") {
+        return given.into();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(folder) if !rustix::process::geteuid().is_root() => Path::new(&folder).join("frazil.sock"),
+        _ => "/run/frazil/control.sock".into(),
+    }
+}
+
+/// What to export, and where to.
+pub(super) struct Export<'a> {
+    pub(super) name: &'a str,
+    pub(super) disk: &'a str,
+    pub(super) format: ImageFormat,
+    /// An absolute path.
+    pub(super) target: &'a Path,
+}
+
+/// The commands that need no guest, asked of whoever is there. Both answer the same.
+pub(super) enum Via {
+    Control(Connection),
+    State(Box<dyn Service>),
+}
+
+impl Via {
+    pub(super) fn open(place: &Place) -> Result<Self, Failure> {
+        let Some(state) = &place.state else { return Connection::open(&place.daemon).map(Self::Control) };
+        let service = serve::offline(state)
+            .map_err(|error| of_state(&format!("open the state directory {}", state.display()), &error))?;
+        Ok(Self::State(service))
+    }
+
+    pub(super) fn list(&mut self) -> Result<Value, Failure> {
+        let what = "list the snapshots";
+        match self {
+            Self::Control(connection) => connection.ask(what, "query-snapshots", json!({})),
+            Self::State(service) => to_value(what, &service.list()),
+        }
+    }
+
+    /// The record, with what the probe says as one more member, `probe`.
+    pub(super) fn show(&mut self, name: &str) -> Result<Value, Failure> {
+        let what = format!("show snapshot {name}");
+        let (mut shown, probe) = match self {
+            Self::Control(connection) => {
+                let mut both =
+                    connection.ask(&what, "query-snapshot", json!({ "name": name, "probe": true }))?;
+                (both["snapshot"].take(), both["probe"].take())
+            }
+            Self::State(service) => {
+                let record = service.show(name).map_err(|error| of_state(&what, &error))?;
+                let probe = service.probe(name).map_err(|error| of_state(&what, &error))?;
+                (to_value(&what, &record)?, to_value(&what, &probe)?)
+            }
+        };
+        if let Some(members) = shown.as_object_mut() {
+            members.insert("probe".to_owned(), probe);
+        }
+        Ok(shown)
+    }
+
+    pub(super) fn delete(&mut self, name: &str) -> Result<(), Failure> {
+        let what = format!("delete snapshot {name}");
+        match self {
+            Self::Control(connection) => {
+                connection.ask(&what, "snapshot-delete", json!({ "name": name })).map(drop)
+            }
+            Self::State(service) => service.delete(name).map_err(|error| of_state(&what, &error)),
+        }
+    }
+
+    pub(super) fn revert(&mut self, name: &str, discard_newer: bool) -> Result<(), Failure> {
+        let what = format!("revert to snapshot {name}");
+        match self {
+            Self::Control(connection) => {
+                let arguments = json!({ "name": name, "discard-newer": discard_newer });
+                connection.ask(&what, "snapshot-revert", arguments).map(drop)
+            }
+            Self::State(service) => {
+                service.revert(name, discard_newer).map_err(|error| of_state(&what, &error))
+            }
+        }
+    }
+
+    pub(super) fn export(&mut self, export: &Export<'_>) -> Result<(), Failure> {
+        let Export { name, disk, format, target } = *export;
+        let what = format!("export disk {disk} of snapshot {name}");
+        let progress = Progress::new(disk);
+        match self {
+            Self::Control(connection) => {
+                let arguments =
+                    json!({ "name": name, "disk": disk, "target": target, "format": format.word() });
+                let mut on_event = |event: &str, data: &Value| {
+                    if event != "FRAZIL_EXPORT_PROGRESS" {
+                        return;
+                    }
+                    if let (Some(done), Some(total)) = (data["offset"].as_u64(), data["len"].as_u64()) {
+                        progress.report(done, total);
+                    }
+                };
+                connection.ask_watching(&what, "snapshot-export", arguments, &mut on_event).map(drop)
+            }
+            Self::State(service) => service
+                .export(name, disk, target, format, &|done, total| progress.report(done, total))
+                .map_err(|error| of_state(&what, &error)),
+        }
+    }
+}
+
+fn to_value(what: &str, answer: &impl Serialize) -> Result<Value, Failure> {
+    serde_json::to_value(answer).map_err(|error| Failure::new(Exit::Failed, what, error))
+}
+
+fn of_state(what: &str, error: &block::Error) -> Failure {
+    let failure = Failure::new(Exit::Failed, what, error);
+    match error.kind() {
+        ErrorKind::Busy => failure.hint("if its daemon runs, ask that one: --control instead of --state"),
+        ErrorKind::NotFound => {
+            failure.hint("`frazil snapshot list` with the same --state shows what there is")
+        }
+        _ => failure,
+    }
+}
