@@ -247,7 +247,7 @@ pub struct CreateRequest {
 }
 
 /// A disk that the daemon serves.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DiskStatus {
     /// The id given to `--disk`.
