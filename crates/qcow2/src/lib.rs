@@ -1,1 +1,64 @@
-//! The qcow2 image format: codec, mapping, allocation, refcounts, journal.
+//! qcow2 images, version 3: the format's codec, mapping, allocation, refcounts, and a journal against `kill -9`.
+//!
+//! # Lifecycle
+//!
+//! ```text
+//!   create() ─▶ Image::open(Writable) ─▶ resolve / complete / zero / discard / flush ─▶ seal() ─▶ flush ─▶ read only
+//!                   ▲      │ kill -9: tables as of the last flush, and the journal
+//!                   └──────┘ replayed at the next open on the same boot of the host
+//! ```
+//!
+//! [`create`] writes an empty image. [`Image`] is a [`block::Disk`]: it says where bytes are, the caller moves them.
+//! [`Image::seal`] ends the writing in an instant; the flush after it leaves an image in which `qemu-img check` finds
+//! nothing at all. A killed process leaves at most leaked clusters, and loses no write that it acknowledged.
+//!
+//! # Invariants
+//!
+//! - A host cluster, once it is a guest cluster's *home*, stays so while the image is open; no cluster is freed or
+//!   used again. So nothing a request resolved to can change its meaning before its I/O ends.
+//! - A subcluster (in images without extended L2 entries: a whole cluster) only goes *absent → zero → allocated* or
+//!   *absent → allocated*. So two states of a cluster can be joined in any order, and the journal replayed twice.
+//! - An aborted write publishes nothing. The home it was assigned stays with the guest cluster, in RAM only, for the
+//!   next write; the file grows, but neither table nor refcount knows of it.
+//! - Nothing read from a file is believed: every offset is checked to be aligned, inside the file and, for writing,
+//!   off the image's own tables; every size is bounded before memory is taken for it.
+//!
+//! # I/O model
+//!
+//! Reads, and writes to where data already is, take no lock: two atomic loads a cluster. L2 tables are read when first
+//! needed, by whoever needs them, and then stay in RAM (16 bytes a cluster). Writes to new room take one short lock at
+//! each end; those of a part of a new subcluster copy the rest of it from below, at most once. Where two such writes
+//! meet, one waits for the other with its waker.
+//!
+//! # Write ordering
+//!
+//! 1. Data is written (by the caller), then its journal record (page cache), then it is visible, then acknowledged.
+//! 2. A flush writes refcounts and whole new L2 tables; *syncs* (and so the data too); writes a grown refcount table,
+//!    *syncs*; writes L2 and L1 entries; *syncs*; drops the journal's half.
+//! 3. So, of tables on stable storage: what an L2 or L1 entry names is there and counted. Refcounts can leak, never be
+//!    short. Only refcounts of clusters that are about to be named are written, so a clean image has no leaks either.
+//! 4. A failed sync is final: the image is latched. A failed *write* of a flush keeps its batch for the next flush.
+//!
+//! `docs/formats.md` has the details, byte by byte, and what is refused.
+
+mod alloc;
+mod bytes;
+mod create;
+mod entry;
+mod flush;
+mod header;
+mod image;
+mod journal;
+mod metadata;
+mod open;
+mod pending;
+mod read;
+mod table;
+mod write;
+mod zero;
+
+pub use create::{CreateOptions, create};
+pub use header::Header;
+pub use image::{Image, Mode};
+pub use journal::Journal;
+pub use read::{Place, Run};

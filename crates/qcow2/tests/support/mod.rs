@@ -1,0 +1,152 @@
+//! What the tests share: random numbers, images with their files, and a checker of the format of its own.
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use block::testing::{FaultStorage, MemStorage};
+use block::{Disk, Storage, read_disk};
+use qcow2::{CreateOptions, Header, Image, Journal, Mode};
+
+/// A small generator (splitmix64): seeds are reproducible, which is all that is asked of it.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+
+    /// A range of a disk of `capacity` bytes: mostly small, half of them of whole sectors.
+    pub(crate) fn range(&mut self, capacity: u64) -> (u64, u64) {
+        let longest = [512, 4096, 20_000, 300_000][self.below(4) as usize];
+        let mut offset = self.below(capacity);
+        let mut len = 1 + self.below(longest);
+        if self.below(2) == 0 {
+            (offset, len) = (offset / 512 * 512, len.next_multiple_of(512));
+        }
+        (offset, len.min(capacity - offset))
+    }
+}
+
+pub(crate) fn memory() -> Arc<FaultStorage> {
+    Arc::new(FaultStorage::new(MemStorage::default()))
+}
+
+/// An image's files, which outlive the process that has it open.
+#[derive(Clone)]
+pub(crate) struct Files {
+    pub(crate) image: Arc<dyn Storage>,
+    pub(crate) journal: [Arc<dyn Storage>; 2],
+}
+
+impl Files {
+    pub(crate) fn new(image: Arc<dyn Storage>, options: &CreateOptions) -> Self {
+        qcow2::create(&*image, options).unwrap();
+        Self { image, journal: [memory(), memory()] }
+    }
+
+    pub(crate) fn open(&self, backing: Option<Arc<dyn Disk>>) -> block::Result<Image> {
+        self.open_on_boot(backing, "this boot")
+    }
+
+    pub(crate) fn open_on_boot(&self, backing: Option<Arc<dyn Disk>>, boot: &str) -> block::Result<Image> {
+        let [a, b] = self.journal.clone();
+        Image::open(self.image.clone(), backing, Mode::Writable(Journal::open(a, b, boot)?))
+    }
+}
+
+pub(crate) fn options(capacity: u64, cluster_bits: u32, extended_l2: bool) -> CreateOptions {
+    CreateOptions { capacity, cluster_bits, extended_l2, backing: None }
+}
+
+pub(crate) fn contents(disk: &dyn Disk) -> Vec<u8> {
+    let mut bytes = vec![0; disk.capacity() as usize];
+    read_disk(disk, 0, &mut bytes).unwrap();
+    bytes
+}
+
+/// Where two contents differ first; shorter to read than both of them.
+#[track_caller]
+pub(crate) fn assert_same(found: &[u8], expected: &[u8], story: &str) {
+    assert_eq!(found.len(), expected.len(), "{story}");
+    if let Some(at) = (0..found.len()).find(|at| found[*at] != expected[*at]) {
+        panic!("{story}: byte {at:#x} is {} and should be {}", found[at], expected[at]);
+    }
+}
+
+fn be(bytes: &[u8], at: u64, len: usize) -> u64 {
+    let at = at as usize;
+    bytes.get(at..at + len).unwrap_or(&[]).iter().fold(0, |value, byte| (value << 8) | u64::from(*byte))
+}
+
+/// What a checker found wrong with an image.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// Clusters that tables name more often than they are counted, or entries that contradict the format.
+    pub(crate) errors: Vec<String>,
+    /// Clusters that are counted more often than named.
+    pub(crate) leaks: usize,
+}
+
+/// Checks an image from its bytes, by the specification and without the crate's own tables.
+pub(crate) fn check(bytes: &[u8]) -> Verdict {
+    let header = Header::read(&MemStorage::from(bytes.to_vec())).unwrap();
+    let (bits, size) = (header.cluster_bits, 1_u64 << header.cluster_bits);
+    let mut named: HashMap<u64, u64> = HashMap::from([(0, 1)]);
+    let mut verdict = Verdict::default();
+    let (table, table_clusters) = (be(bytes, 48, 8), be(bytes, 56, 4));
+    let (l1, l1_entries) = (be(bytes, 40, 8), be(bytes, 36, 4));
+    let mut name = |at: u64, count: u64| {
+        (0..count).for_each(|n| *named.entry((at >> bits) + n).or_default() += 1);
+    };
+    name(table, table_clusters);
+    name(l1, (l1_entries * 8).div_ceil(size));
+    let blocks: Vec<u64> = (0..table_clusters * size / 8).map(|n| be(bytes, table + n * 8, 8)).collect();
+    blocks.iter().filter(|block| **block != 0).for_each(|block| name(*block, 1));
+    let entry_size = if header.extended_l2 { 16 } else { 8 };
+    for n in 0..l1_entries {
+        let l2 = be(bytes, l1 + n * 8, 8) & 0x00ff_ffff_ffff_fe00;
+        if l2 == 0 {
+            continue;
+        }
+        name(l2, 1);
+        for entry in (0..size / entry_size).map(|index| l2 + index * entry_size) {
+            let (word, bitmap) = (be(bytes, entry, 8), be(bytes, entry + 8, 8));
+            let offset = word & 0x00ff_ffff_ffff_fe00;
+            if offset != 0 {
+                name(offset, 1);
+            }
+            let bad_bitmap =
+                bitmap & (bitmap >> 32) & 0xffff_ffff != 0 || (bitmap as u32 != 0 && offset == 0);
+            if offset % size != 0 || (header.extended_l2 && bad_bitmap) {
+                verdict.errors.push(format!("entry at {entry:#x}: {word:#x} {bitmap:#x}"));
+            }
+        }
+    }
+    let per_block = size / 2;
+    let counted = |cluster: u64| match blocks.get((cluster / per_block) as usize) {
+        Some(block) if *block != 0 => be(bytes, block + cluster % per_block * 2, 2),
+        _ => 0,
+    };
+    let mut clusters: Vec<u64> = named.keys().copied().collect();
+    clusters.extend(0..(bytes.len() as u64).div_ceil(size));
+    clusters.sort_unstable();
+    clusters.dedup();
+    for cluster in clusters {
+        let (count, names) = (counted(cluster), named.get(&cluster).copied().unwrap_or(0));
+        if count < names {
+            verdict.errors.push(format!("cluster {cluster}: named {names} times, counted {count}"));
+        } else if count > names {
+            verdict.leaks += 1;
+        }
+    }
+    verdict
+}
