@@ -17,18 +17,24 @@
 //! QEMU starts directly, and an initramfs with busybox, qemu-ga, file system tools and `guest-workload`. It has no disk
 //! of its own, so every disk in it is one under test.
 
+mod daemon;
 mod error;
 mod guest;
 mod image;
 mod process;
 mod qmp;
+mod rig;
 mod scratch;
+mod verify;
 mod wait;
 
+pub use daemon::{Daemon, Snapshot, SnapshotDisk};
 pub use error::{Context, Error, Result};
 pub use guest::{Builder, FileSystem, Guest, Kind, Progress};
 pub use image::{Image, program};
 pub use process::Process;
 pub use qmp::Qmp;
+pub use rig::Rig;
 pub use scratch::Scratch;
+pub use verify::{Expectation, check_images, verify};
 pub use wait::eventually;

@@ -78,13 +78,13 @@ impl Guest {
     /// Makes a file system on a disk (`vda`) and mounts it at `/mnt/vda`.
     pub fn make_and_mount(&mut self, disk: &str, file_system: FileSystem) -> Result<()> {
         self.run(&format!("{} /dev/{disk}", file_system.make()))?;
-        self.mount(disk, file_system, "")
+        self.mount(disk, file_system, "rw")
     }
 
-    /// Mounts a disk at `/mnt/DISK`, with mount options such as `,ro`.
+    /// Mounts a disk at `/mnt/DISK`, with mount options such as `ro`.
     pub fn mount(&mut self, disk: &str, file_system: FileSystem, options: &str) -> Result<()> {
         let kind = file_system.name();
-        self.run(&format!("mkdir -p /mnt/{disk} && mount -t {kind} -o rw{options} /dev/{disk} /mnt/{disk}"))
+        self.run(&format!("mkdir -p /mnt/{disk} && mount -t {kind} -o {options} /dev/{disk} /mnt/{disk}"))
             .map(drop)
     }
 

@@ -38,8 +38,11 @@ impl Mapping {
     /// Stores `value` into the first word of a page. It waits while the file system is frozen and the page clean.
     pub(crate) fn stamp(&self, page: usize, value: u64) {
         assert!(page < self.pages, "page {page} of {}", self.pages);
-        // SAFETY: the page lies within the mapping, and its start is aligned for every type.
-        let word = unsafe { &*self.start.add(page * SIZE).cast::<AtomicU64>() };
+        // SAFETY: the page lies within the mapping.
+        let word = unsafe { self.start.add(page * SIZE) }.cast::<AtomicU64>();
+        // SAFETY: it is mapped until the program ends, aligned as a page is, and nothing here reads or writes it
+        // otherwise.
+        let word = unsafe { &*word };
         word.store(value, Ordering::Release);
     }
 
