@@ -1,1 +1,51 @@
 //! The QMP server and its commands.
+//!
+//! Frazil is operated through the protocol that operates QEMU: JSON over a Unix socket, commands one way, replies and
+//! events the other. `docs/qmp.md` tells how to use it, `docs/qapi/frazil.json` is the schema.
+//!
+//! # Threads
+//! ```text
+//!                     accept ──────────▶ a place among the clients (64 at most)
+//!                                          │
+//!   client ──bytes──▶ reader: Stream ──▶ Request ──▶ dispatch ──▶ Service (create, export, ...)
+//!                                                       │ reply
+//!   client ◀──lines── writer ◀──────── Outbox ◀─────────┤ (waits for room)
+//!                                         ▲
+//!   Service's events ──▶ Throttle ──▶ broadcast  (never waits: a client that does not read is cut off)
+//! ```
+//! A client has two threads and the commands run on its reader. So a client's commands are done and answered in
+//! order, a command that takes seconds holds up nobody else, and no client can hold up the daemon.
+//!
+//! # Lifecycle of a connection
+//! ```text
+//!   greeting ──▶ negotiation ──qmp_capabilities──▶ commands and events ──end of input──▶ drained, closed
+//!                                                        └──stops reading, too long a command──▶ cut off
+//! ```
+//! A client that half-closes its socket after its last command still receives every reply. One that disappears in the
+//! middle of a command has no influence on it.
+//!
+//! # Invariants
+//! - Memory is bounded: at most [`MAX_CLIENTS`] connections, each with one incomplete command of 64 KiB, one that is
+//!   being done, and about 1 MiB of lines to be written.
+//! - No event reaches a client before the reply to its `qmp_capabilities`.
+//! - Arguments are checked before a command has any effect; unknown ones are refused.
+//! - What a client sends can end its own connection and nothing else.
+
+mod blocks;
+pub mod client;
+mod commands;
+mod error;
+mod message;
+mod outbox;
+mod params;
+mod server;
+mod service;
+mod session;
+mod socket;
+mod stream;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+mod throttle;
+
+pub use server::{MAX_CLIENTS, Server};
+pub use service::{DaemonStatus, DiskProbe, Service, Verdict, VolumeProbe};

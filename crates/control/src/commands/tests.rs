@@ -1,0 +1,206 @@
+use std::cell::RefCell;
+
+use super::*;
+use crate::error::ErrorClass;
+use crate::message::parse_request;
+use crate::testing::Fake;
+
+/// Runs requests one after the other as one client, and returns what came of the last.
+fn run_all(service: &Fake, negotiated: bool, requests: &[Value]) -> Outcome {
+    let caller = Caller { service, progress: &|_, _| {} };
+    let mut negotiated = negotiated;
+    let mut last = nothing();
+    for request in requests {
+        last =
+            parse_request(request.clone()).1.and_then(|request| dispatch(&caller, &mut negotiated, request));
+    }
+    last
+}
+
+fn run_one(name: &str, arguments: Value) -> Outcome {
+    let (service, _events) = Fake::new();
+    let first = json!({"execute": "snapshot-create", "arguments": {"name": "first"}});
+    run_all(&service, true, &[first, json!({"execute": name, "arguments": arguments})])
+}
+
+fn failure(outcome: Outcome) -> (ErrorClass, String) {
+    let error = outcome.unwrap_err();
+    (error.class, error.desc)
+}
+
+#[test]
+fn only_the_negotiation_works_before_the_negotiation() {
+    let (service, _events) = Fake::new();
+    let expecting = (
+        ErrorClass::CommandNotFound,
+        "Expecting capabilities negotiation with 'qmp_capabilities'".to_owned(),
+    );
+    for name in ["query-version", "quit", "no-such-command"] {
+        assert_eq!(failure(run_all(&service, false, &[json!({"execute": name})])), expecting);
+    }
+    assert!(!service.has_quit());
+    let (class, _) = failure(run_all(&service, false, &[json!({})]));
+    assert_eq!(class, ErrorClass::GenericError);
+    let negotiate = json!({"execute": "qmp_capabilities", "arguments": {"enable": []}});
+    assert_eq!(run_all(&service, false, std::slice::from_ref(&negotiate)), Ok(json!({})));
+    let twice = run_all(&service, false, &[negotiate.clone(), negotiate.clone()]);
+    let complete = "Capabilities negotiation is already complete, command ignored";
+    assert_eq!(failure(twice), (ErrorClass::CommandNotFound, complete.to_owned()));
+    assert!(run_all(&service, false, &[negotiate, json!({"execute": "query-version"})]).is_ok());
+}
+
+#[test]
+fn a_capability_that_is_not_offered_is_refused_and_the_negotiation_goes_on() {
+    let (service, _events) = Fake::new();
+    for (enable, desc) in [
+        (json!(["oob"]), "Capability oob not available"),
+        (json!(["x"]), "Parameter 'enable[0]' does not accept value 'x'"),
+    ] {
+        let negotiate = json!({"execute": "qmp_capabilities", "arguments": {"enable": enable}});
+        let refused = run_all(&service, false, std::slice::from_ref(&negotiate));
+        assert_eq!(failure(refused), (ErrorClass::GenericError, desc.to_owned()));
+        let (class, _) = failure(run_all(&service, false, &[negotiate, json!({"execute": "query-name"})]));
+        assert_eq!(class, ErrorClass::CommandNotFound);
+    }
+}
+
+#[test]
+fn failures_have_the_class_and_the_words_that_clients_expect() {
+    use ErrorClass::{CommandNotFound, DeviceNotFound, GenericError};
+    for (name, arguments, class, desc) in [
+        ("eject", json!({}), CommandNotFound, "The command eject has not been found"),
+        ("snapshot-create", json!({}), GenericError, "Parameter 'name' is missing"),
+        ("snapshot-create", json!({"name": "a", "foo": 1}), GenericError, "Parameter 'foo' is unexpected"),
+        ("query-name", json!({"foo": 1}), GenericError, "Parameter 'foo' is unexpected"),
+        ("snapshot-create", json!({"name": "first"}), GenericError, "a snapshot is already named first"),
+        ("query-snapshot", json!({"name": "x"}), DeviceNotFound, "no snapshot is named x"),
+        ("snapshot-delete", json!({"name": "x"}), DeviceNotFound, "no snapshot is named x"),
+        ("snapshot-release", json!({"name": "x"}), DeviceNotFound, "no snapshot is named x"),
+        (
+            "snapshot-export",
+            json!({"name": "first", "disk": "vda", "target": "a.raw", "format": "raw"}),
+            GenericError,
+            "Parameter 'target' expects an absolute path",
+        ),
+        (
+            "snapshot-export",
+            json!({"name": "first", "disk": "vdz", "target": "/a.raw", "format": "raw"}),
+            DeviceNotFound,
+            "first has no disk vdz",
+        ),
+        (
+            "snapshot-prepare",
+            json!({"name": "a", "lease": 60_001}),
+            GenericError,
+            "Parameter 'lease' expects a value between 1 and 60000",
+        ),
+    ] {
+        assert_eq!(failure(run_one(name, arguments)), (class, desc.to_owned()));
+    }
+}
+
+#[test]
+fn what_the_check_lets_pass_the_types_take() {
+    for command in COMMANDS.iter().filter(|command| command.name != NEGOTIATE) {
+        let (mut given, mut minimal) = (Map::new(), Map::new());
+        for param in command.params {
+            given.insert(param.name.to_owned(), sample(param));
+            if !param.optional {
+                minimal.insert(param.name.to_owned(), sample(param));
+            }
+        }
+        for arguments in [given, minimal] {
+            if let Err(error) = run_one(command.name, Value::Object(arguments)) {
+                assert!(!error.desc.starts_with("Invalid arguments"), "{}: {}", command.name, error.desc);
+            }
+        }
+    }
+}
+
+fn sample(param: &Param) -> Value {
+    match (&param.kind, param.name) {
+        (Kind::Str, "target") => json!("/tmp/target"),
+        (Kind::Str, _) => json!("first"),
+        (Kind::Bool, _) => json!(true),
+        (Kind::Int { max, .. }, _) => json!(max),
+        (Kind::Enum(words), _) => json!(words.first()),
+        (Kind::List(_), _) => json!(["vda"]),
+    }
+}
+
+#[test]
+fn every_word_of_an_enumeration_is_one_of_the_type() {
+    let (Kind::Enum(policies), Kind::Enum(formats)) = (FREEZE, FORMAT) else {
+        unreachable!("both are enumerations")
+    };
+    for word in policies {
+        let policy: FreezePolicy = serde_json::from_value(json!(word)).unwrap();
+        assert_eq!(json!(policy), json!(word));
+    }
+    for word in formats {
+        let format: ImageFormat = serde_json::from_value(json!(word)).unwrap();
+        assert_eq!(json!(format), json!(word));
+    }
+}
+
+#[test]
+fn a_prepared_snapshot_has_a_lease_and_is_released_or_aborted() {
+    let (service, _events) = Fake::new();
+    let call = |name: &str, arguments: Value| {
+        run_all(&service, true, &[json!({"execute": name, "arguments": arguments})])
+    };
+    call("snapshot-prepare", json!({"name": "a"})).unwrap();
+    assert_eq!(service.lease(), Some(Duration::from_secs(5)));
+    assert_eq!(call("query-frazil", json!({})).unwrap()["prepared"], "a");
+    call("snapshot-abort", json!({"name": "a"})).unwrap();
+    call("snapshot-prepare", json!({"name": "b", "lease": 1500, "disks": ["vdb"]})).unwrap();
+    assert_eq!(service.lease(), Some(Duration::from_millis(1500)));
+    assert_eq!(call("snapshot-release", json!({"name": "b"})).unwrap()["disks"][0]["id"], "vdb");
+    assert_eq!(call("query-snapshots", json!({})).unwrap().as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn a_revert_discards_newer_snapshots_only_if_told_so() {
+    let (service, _events) = Fake::new();
+    let request = |name: &str, arguments: Value| json!({"execute": name, "arguments": arguments});
+    let create = |name: &str| request("snapshot-create", json!({"name": name}));
+    run_all(&service, true, &[create("a"), create("b")]).unwrap();
+    let (_, desc) = failure(run_all(&service, true, &[request("snapshot-revert", json!({"name": "a"}))]));
+    assert_eq!(desc, "there are newer snapshots than a");
+    let revert = request("snapshot-revert", json!({"name": "a", "discard-newer": true}));
+    run_all(&service, true, &[revert]).unwrap();
+    assert_eq!(service.list().len(), 1);
+}
+
+#[test]
+fn an_export_tells_how_far_it_is() {
+    let (service, _events) = Fake::new();
+    let seen = RefCell::new(Vec::new());
+    let caller =
+        Caller { service: &service, progress: &|name, data| seen.borrow_mut().push((name.to_owned(), data)) };
+    service.create(CreateRequest { name: "a".into(), disks: None, freeze: None }).unwrap();
+    let arguments = json!({"name": "a", "disk": "vda", "target": "/x", "format": "qcow2"});
+    let (_, request) = parse_request(json!({"execute": "snapshot-export", "arguments": arguments}));
+    dispatch(&caller, &mut true, request.unwrap()).unwrap();
+    let last = json!({"name": "a", "disk": "vda", "offset": 100, "len": 100});
+    assert_eq!(seen.borrow().last(), Some(&(EXPORT_PROGRESS.to_owned(), last)));
+}
+
+#[test]
+fn the_disks_are_shown_as_qemu_shows_them() {
+    let disks = run_one("query-block", json!({})).unwrap();
+    let inserted = &disks[0]["inserted"];
+    assert_eq!(disks[0]["device"], "vda");
+    assert_eq!(inserted["file"], "/images/vda.1.qcow2");
+    assert_eq!(inserted["ro"], false);
+    assert_eq!(inserted["backing_file_depth"], 1);
+    assert_eq!(inserted["image"]["backing-filename"], "/images/base.raw");
+    assert_eq!(inserted["image"]["virtual-size"], 1 << 30);
+    let nodes = run_one("query-named-block-nodes", json!({})).unwrap();
+    assert_eq!(nodes[0], *inserted);
+    assert_eq!(
+        (&nodes[1]["node-name"], &nodes[1]["ro"], &nodes[1]["drv"]),
+        (&json!("vda.0"), &json!(true), &json!("raw"))
+    );
+    assert_eq!(run_one("query-status", json!({})).unwrap(), json!({"running": true, "status": "running"}));
+}

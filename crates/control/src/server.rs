@@ -1,0 +1,194 @@
+//! The server: accepts clients, hands events to all of them, ends.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime};
+
+use snapshot::Event;
+
+use crate::Service;
+use crate::message::{self, encode};
+use crate::outbox::Delivery;
+use crate::session::Session;
+use crate::socket::Listener;
+use crate::throttle::Throttle;
+
+/// How many clients may be connected at once; one more is turned away before the greeting.
+pub const MAX_CLIENTS: usize = 64;
+
+/// How long to wait before accepting again when the process has no descriptor or thread left.
+const EXHAUSTED: Duration = Duration::from_millis(100);
+
+/// A running QMP server. Dropping it stops it.
+#[derive(Debug)]
+pub struct Server {
+    /// Gone once stopped.
+    listener: Option<Arc<Listener>>,
+    accepting: Option<JoinHandle<()>>,
+    clients: Arc<Clients>,
+}
+
+impl Server {
+    /// Listens on a Unix socket at `path`, mode 0600, and serves `service`; what `events` yields goes to every client
+    /// that has negotiated.
+    ///
+    /// # Errors
+    /// The socket cannot be made, or another process listens on it. One that a dead process left is replaced.
+    pub fn start(path: &Path, service: Arc<dyn Service>, events: Receiver<Event>) -> io::Result<Self> {
+        let listener = Arc::new(Listener::bind(path)?);
+        let clients = Arc::new(Clients::default());
+        let accepting = thread::Builder::new().name("qmp-accept".to_owned()).spawn({
+            let (listener, clients) = (Arc::clone(&listener), Arc::clone(&clients));
+            move || accept(&listener, &clients, &service)
+        })?;
+        let server = Self { listener: Some(listener), accepting: Some(accepting), clients };
+        // It ends with the sender, so nobody joins it; it must not keep the clients alive.
+        let clients = Arc::downgrade(&server.clients);
+        thread::Builder::new().name("qmp-events".to_owned()).spawn(move || distribute(&events, &clients))?;
+        Ok(server)
+    }
+
+    /// Takes no more clients and no more commands, removes the socket, and waits up to `grace` for the commands that
+    /// run to be answered. Clients that are left then are cut off; a command that runs still ends in its own time.
+    pub fn stop(&mut self, grace: Duration) {
+        let Some(listener) = self.listener.take() else { return };
+        // Wakes the accepting thread: on Linux `accept` fails on a socket that is shut down.
+        let _ = rustix::net::shutdown(listener.socket(), rustix::net::Shutdown::Both);
+        if let Some(accepting) = self.accepting.take() {
+            // Its panic, if any, was reported when it happened.
+            let _ = accepting.join();
+        }
+        drop(listener);
+        self.clients.stop(grace);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop(Duration::ZERO);
+    }
+}
+
+/// Who is connected.
+#[derive(Debug, Default)]
+struct Clients {
+    sessions: Mutex<BTreeMap<u64, Arc<Session>>>,
+    left: Condvar,
+}
+
+impl Clients {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Session>>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a client, unless there are too many.
+    fn enter(self: &Arc<Self>, number: u64, stream: UnixStream) -> Option<Place> {
+        let mut sessions = self.lock();
+        if sessions.len() >= MAX_CLIENTS {
+            return None;
+        }
+        let session = Arc::new(Session::new(stream));
+        sessions.insert(number, Arc::clone(&session));
+        Some(Place { clients: Arc::clone(self), number, session })
+    }
+
+    fn broadcast(&self, line: &Arc<[u8]>) {
+        for session in self.lock().values() {
+            if session.outbox().event(line) == Delivery::Overflow {
+                tracing::warn!("cut off a control client that does not read its events");
+                session.cut();
+            }
+        }
+    }
+
+    fn stop(&self, grace: Duration) {
+        let sessions = self.lock();
+        sessions.values().for_each(|session| session.stop());
+        let (sessions, _) = self
+            .left
+            .wait_timeout_while(sessions, grace, |sessions| !sessions.is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        sessions.values().for_each(|session| session.cut());
+    }
+}
+
+/// A client's place among [`Clients`], given up on drop.
+struct Place {
+    clients: Arc<Clients>,
+    number: u64,
+    session: Arc<Session>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.clients.lock().remove(&self.number);
+        self.clients.left.notify_all();
+    }
+}
+
+fn accept(listener: &Listener, clients: &Arc<Clients>, service: &Arc<dyn Service>) {
+    for number in 0.. {
+        match listener.socket().accept() {
+            Ok((stream, _)) => admit(number, stream, clients, service),
+            // The listener was shut down.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
+            Err(error) => {
+                tracing::warn!(%error, "could not accept a control client");
+                thread::sleep(EXHAUSTED);
+            }
+        }
+    }
+}
+
+fn admit(number: u64, stream: UnixStream, clients: &Arc<Clients>, service: &Arc<dyn Service>) {
+    let Some(place) = clients.enter(number, stream) else {
+        tracing::warn!(limit = MAX_CLIENTS, "turned a control client away, there are too many");
+        // Whoever keeps trying must not fill the log.
+        return thread::sleep(EXHAUSTED);
+    };
+    let service = Arc::clone(service);
+    let serve = move || {
+        if let Err(error) = place.session.serve(&*service) {
+            tracing::debug!(%error, "lost a control client");
+        }
+    };
+    if let Err(error) = thread::Builder::new().name("qmp-client".to_owned()).spawn(serve) {
+        tracing::warn!(%error, "no thread for a control client");
+        thread::sleep(EXHAUSTED);
+    }
+}
+
+/// Sends events to the clients until the sender or the server is gone.
+fn distribute(events: &Receiver<Event>, clients: &Weak<Clients>) {
+    let mut throttle = Throttle::default();
+    loop {
+        let received = match throttle.next() {
+            Some(due) => events.recv_timeout(due.saturating_duration_since(Instant::now())),
+            None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        let Some(clients) = clients.upgrade() else { return };
+        let now = match received {
+            Ok(event) => line(&event).and_then(|line| throttle.offer(event.name(), line, Instant::now())),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        for line in now.into_iter().chain(throttle.due(Instant::now())) {
+            clients.broadcast(&line);
+        }
+    }
+}
+
+fn line(event: &Event) -> Option<Arc<[u8]>> {
+    let data = serde_json::to_value(event)
+        .inspect_err(|error| tracing::error!(%error, event = event.name(), "an event cannot be told"))
+        .ok()?;
+    Some(encode(&message::event(event.name(), data, SystemTime::now())).into())
+}
+
+#[cfg(test)]
+mod tests;

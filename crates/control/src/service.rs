@@ -1,0 +1,126 @@
+//! What the commands act on.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use block::Result;
+use serde::{Deserialize, Serialize};
+use snapshot::{CreateRequest, DiskStatus, FreezeOwner, ImageFormat, SnapshotRecord};
+
+/// The daemon, as its clients see it. Every method may be called from several threads at once and may take its time:
+/// it holds up only the client that asked.
+///
+/// The arguments have the right types and nothing more: whether a name is well-formed, a disk exists, a state allows
+/// what is asked, the service checks. [`block::ErrorKind::NotFound`] becomes the class `DeviceNotFound`, every other
+/// kind `GenericError`.
+pub trait Service: Send + Sync {
+    /// Takes a snapshot, all in one.
+    fn create(&self, request: CreateRequest) -> Result<SnapshotRecord>;
+
+    /// Goes up to the drained gate and holds there, until [`release`](Self::release), [`abort`](Self::abort) or the
+    /// end of the lease.
+    fn prepare(&self, request: CreateRequest, lease: Duration) -> Result<()>;
+
+    /// Completes the prepared snapshot.
+    fn release(&self, name: &str) -> Result<SnapshotRecord>;
+
+    /// Undoes the prepared snapshot.
+    fn abort(&self, name: &str) -> Result<()>;
+
+    /// All snapshots, the oldest first.
+    fn list(&self) -> Vec<SnapshotRecord>;
+
+    /// One of them.
+    fn show(&self, name: &str) -> Result<SnapshotRecord>;
+
+    /// Reads the super-blocks in a snapshot and judges each file system.
+    fn probe(&self, name: &str) -> Result<Vec<DiskProbe>>;
+
+    /// Deletes a snapshot.
+    fn delete(&self, name: &str) -> Result<()>;
+
+    /// Takes the disks back to a snapshot; the newer ones go too if `discard_newer`, else they are a reason to refuse.
+    fn revert(&self, name: &str, discard_newer: bool) -> Result<()>;
+
+    /// Copies one disk of a snapshot to a new file, `target`. Calls `progress` with the bytes done and the bytes in
+    /// all, as often as it likes.
+    fn export(
+        &self,
+        name: &str,
+        disk: &str,
+        target: &Path,
+        format: ImageFormat,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<()>;
+
+    /// The disks, in the order of the command line.
+    fn disks(&self) -> Vec<DiskStatus>;
+
+    /// The state of the whole.
+    fn status(&self) -> DaemonStatus;
+
+    /// Asks the daemon to end. Returns at once; the reply to the client is sent before the server stops.
+    fn quit(&self);
+}
+
+/// What `query-frazil` returns, beside the disks.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DaemonStatus {
+    /// Seconds since the daemon began to serve.
+    pub uptime: u64,
+    /// The state directory.
+    pub state: PathBuf,
+    /// Bytes left where overlays grow.
+    pub free: u64,
+    /// Who freezes the guest.
+    pub freeze_owner: FreezeOwner,
+    /// The guest agent's socket, if one was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<PathBuf>,
+    /// Whether a guest may be frozen and has not confirmed a thaw.
+    pub thaw_owed: bool,
+    /// The snapshot that is prepared and waits for its release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<String>,
+    /// How many snapshots there are.
+    pub snapshots: u64,
+}
+
+/// What the probe found on one disk of a snapshot.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskProbe {
+    /// The disk's id.
+    pub id: String,
+    /// The volumes found, in the order of their offsets.
+    pub volumes: Vec<VolumeProbe>,
+}
+
+/// A volume on a disk and its state.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct VolumeProbe {
+    /// Its first byte on the disk.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub length: u64,
+    /// What it holds: `ext4`, `xfs`, `lvm`, and so on.
+    pub content: String,
+    /// The verdict.
+    pub verdict: Verdict,
+    /// What the verdict rests on, in words.
+    pub reason: String,
+}
+
+/// Whether a file system can be used as it is.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It says that it is clean.
+    Clean,
+    /// Its journal has to be replayed, or it has to be checked.
+    NeedsReplay,
+    /// The probe cannot know.
+    Unknown,
+}

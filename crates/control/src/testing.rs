@@ -1,0 +1,230 @@
+//! A service that only pretends, for tests of the server and of its clients.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use block::{Error, ErrorKind, Result};
+use snapshot::{
+    CreateRequest, DiskStatus, Event, FreezeOwner, Grade, ImageFormat, SnapshotDisk, SnapshotRecord, Timing,
+};
+use time::OffsetDateTime;
+
+use crate::{DaemonStatus, DiskProbe, Service, Verdict, VolumeProbe};
+
+/// One disk, `vda`, and a list of snapshots. A snapshot named `slow` is taken only once [`Fake::go_on`] is called,
+/// one named `panic` panics.
+#[derive(Debug)]
+pub struct Fake {
+    state: Mutex<State>,
+    changed: Condvar,
+    events: Mutex<Sender<Event>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    snapshots: Vec<SnapshotRecord>,
+    prepared: Option<CreateRequest>,
+    lease: Option<Duration>,
+    waiting: usize,
+    go_on: bool,
+    quit: bool,
+}
+
+impl Fake {
+    /// The service and the events that it will send.
+    pub fn new() -> (Self, Receiver<Event>) {
+        let (sender, events) = mpsc::channel();
+        (Self { state: Mutex::default(), changed: Condvar::new(), events: Mutex::new(sender) }, events)
+    }
+
+    /// Sends an event.
+    pub fn send(&self, event: Event) {
+        // Nobody listens once the server is gone, and a test that cares will notice.
+        let _ = self.events.lock().unwrap_or_else(PoisonError::into_inner).send(event);
+    }
+
+    /// Lets the snapshots named `slow` be taken.
+    pub fn go_on(&self) {
+        self.lock().go_on = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until so many snapshots named `slow` are being taken.
+    pub fn wait_for_slow(&self, count: usize) {
+        let wait = self.changed.wait_while(self.lock(), |state| state.waiting < count);
+        drop(wait.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The lease of the last prepared snapshot.
+    pub fn lease(&self) -> Option<Duration> {
+        self.lock().lease
+    }
+
+    /// The names of the snapshots.
+    pub fn names(&self) -> Vec<String> {
+        self.lock().snapshots.iter().map(|snapshot| snapshot.name.clone()).collect()
+    }
+
+    /// Whether a client asked the daemon to end.
+    pub fn has_quit(&self) -> bool {
+        self.lock().quit
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_to_go_on(&self) {
+        self.lock().waiting += 1;
+        self.changed.notify_all();
+        let wait = self.changed.wait_while(self.lock(), |state| !state.go_on);
+        wait.unwrap_or_else(PoisonError::into_inner).waiting -= 1;
+    }
+}
+
+fn missing(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("no snapshot is named {name}"))
+}
+
+fn image(id: &str) -> SnapshotDisk {
+    SnapshotDisk { id: id.to_owned(), path: PathBuf::from("/images/base.raw"), format: ImageFormat::Raw }
+}
+
+impl Service for Fake {
+    fn create(&self, request: CreateRequest) -> Result<SnapshotRecord> {
+        match request.name.as_str() {
+            "slow" => self.wait_to_go_on(),
+            #[expect(clippy::panic, reason = "what a defect in a service would do")]
+            "panic" => panic!("as asked"),
+            _ => {}
+        }
+        let mut state = self.lock();
+        if state.snapshots.iter().any(|snapshot| snapshot.name == request.name) {
+            return Err(Error::new(ErrorKind::Busy, format!("a snapshot is already named {}", request.name)));
+        }
+        let disks = request.disks.unwrap_or_else(|| vec!["vda".to_owned()]);
+        let record = SnapshotRecord {
+            name: request.name,
+            time: OffsetDateTime::UNIX_EPOCH,
+            grade: Grade::Filesystem,
+            reason: "2 of 2 file systems were frozen".to_owned(),
+            frozen_count: Some(2),
+            thawed_count: Some(2),
+            timing: Timing { prepare: 1.5, freeze: Some(20.0), frozen: Some(25.25), ..Timing::default() },
+            sealed: true,
+            disks: disks.iter().map(|id| image(id)).collect(),
+        };
+        state.snapshots.push(record.clone());
+        drop(state);
+        self.send(Event::Created { snapshot: Box::new(record.clone()) });
+        Ok(record)
+    }
+
+    fn prepare(&self, request: CreateRequest, lease: Duration) -> Result<()> {
+        let mut state = self.lock();
+        if state.prepared.is_some() {
+            return Err(Error::new(ErrorKind::Busy, "another snapshot is prepared"));
+        }
+        state.prepared = Some(request);
+        state.lease = Some(lease);
+        Ok(())
+    }
+
+    fn release(&self, name: &str) -> Result<SnapshotRecord> {
+        let prepared = self.lock().prepared.take_if(|request| request.name == name);
+        self.create(prepared.ok_or_else(|| missing(name))?)
+    }
+
+    fn abort(&self, name: &str) -> Result<()> {
+        let prepared = self.lock().prepared.take_if(|request| request.name == name);
+        prepared.map(drop).ok_or_else(|| missing(name))
+    }
+
+    fn list(&self) -> Vec<SnapshotRecord> {
+        self.lock().snapshots.clone()
+    }
+
+    fn show(&self, name: &str) -> Result<SnapshotRecord> {
+        self.list().into_iter().find(|snapshot| snapshot.name == name).ok_or_else(|| missing(name))
+    }
+
+    fn probe(&self, name: &str) -> Result<Vec<DiskProbe>> {
+        self.show(name)?;
+        let volume = VolumeProbe {
+            offset: 1 << 20,
+            length: 1 << 30,
+            content: "ext4".to_owned(),
+            verdict: Verdict::Clean,
+            reason: "needs_recovery is not set".to_owned(),
+        };
+        Ok(vec![DiskProbe { id: "vda".to_owned(), volumes: vec![volume] }])
+    }
+
+    fn delete(&self, name: &str) -> Result<()> {
+        self.show(name)?;
+        self.lock().snapshots.retain(|snapshot| snapshot.name != name);
+        Ok(())
+    }
+
+    fn revert(&self, name: &str, discard_newer: bool) -> Result<()> {
+        self.show(name)?;
+        let mut state = self.lock();
+        if state.snapshots.last().is_some_and(|newest| newest.name != name) && !discard_newer {
+            return Err(Error::new(ErrorKind::Busy, format!("there are newer snapshots than {name}")));
+        }
+        let keep = state.snapshots.iter().position(|snapshot| snapshot.name == name).map_or(0, |at| at + 1);
+        state.snapshots.truncate(keep);
+        Ok(())
+    }
+
+    fn export(
+        &self,
+        name: &str,
+        disk: &str,
+        _target: &Path,
+        _format: ImageFormat,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<()> {
+        self.show(name)?;
+        if disk != "vda" {
+            return Err(Error::new(ErrorKind::NotFound, format!("{name} has no disk {disk}")));
+        }
+        (0..=100).for_each(|percent| progress(percent, 100));
+        Ok(())
+    }
+
+    fn disks(&self) -> Vec<DiskStatus> {
+        let overlay = SnapshotDisk {
+            id: "vda".to_owned(),
+            path: PathBuf::from("/images/vda.1.qcow2"),
+            format: ImageFormat::Qcow2,
+        };
+        vec![DiskStatus {
+            id: "vda".to_owned(),
+            capacity: 1 << 30,
+            read_only: false,
+            connected: true,
+            layers: vec![image("vda"), overlay],
+        }]
+    }
+
+    fn status(&self) -> DaemonStatus {
+        let state = self.lock();
+        DaemonStatus {
+            uptime: 7,
+            state: PathBuf::from("/state"),
+            free: 1 << 40,
+            freeze_owner: FreezeOwner::Frazil,
+            agent: Some(PathBuf::from("/run/agent")),
+            thaw_owed: false,
+            prepared: state.prepared.as_ref().map(|request| request.name.clone()),
+            snapshots: state.snapshots.len() as u64,
+        }
+    }
+
+    fn quit(&self) {
+        self.lock().quit = true;
+    }
+}
