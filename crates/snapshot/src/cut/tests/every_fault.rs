@@ -1,7 +1,8 @@
 //! Every fault, and every pair of faults, at every call of every port, under every policy.
 
 use super::super::{Cut, Freezer, Held};
-use super::world::{Call, Fault, Kind, Overlay, World};
+use super::faults::{Call, Fault};
+use super::world::{Kind, Overlay, World};
 use crate::{FreezeOwner, FreezePolicy, Grade, SnapshotRecord};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,8 +63,7 @@ impl Scenario {
         };
         self.judge(&world, &freezer, &result);
         finish(&world, freezer);
-        let trace = world.state().trace.clone();
-        trace
+        world.state().trace.clone()
     }
 
     fn judge(self, world: &World, freezer: &Freezer, result: &block::Result<Option<SnapshotRecord>>) {

@@ -6,7 +6,8 @@ use std::time::Duration;
 use block::ErrorKind;
 
 use super::super::{Collector, Cut, Freezer};
-use super::world::{Call, Fault, Kind, Overlay, World};
+use super::faults::{Call, Fault};
+use super::world::{Kind, Overlay, World};
 use crate::{Event, FreezeOwner, FreezePolicy, Grade, SnapshotRecord, Step};
 
 /// The calls of a cut without faults, by their place.
