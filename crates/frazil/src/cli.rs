@@ -214,8 +214,8 @@ pub(crate) struct Output {
     pub(crate) json: bool,
 }
 
-/// What the daemon grants at most: a guest without its disks complains after 120 s.
-const MAX_LEASE: u64 = 60;
+/// What the daemon grants at most; the guest's disks stand still as long.
+const MAX_LEASE: u64 = 30;
 
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (1..=MAX_LEASE).contains(seconds));

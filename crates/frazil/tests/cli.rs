@@ -1,5 +1,7 @@
 //! The program itself, against the real control server with a service that only pretends.
 
+#![allow(clippy::unwrap_used, reason = "to clippy, the helpers of tests are no tests")]
+
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;

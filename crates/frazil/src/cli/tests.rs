@@ -68,7 +68,7 @@ fn export_asks_a_daemon_or_a_state_directory_but_not_both() {
 
 #[test]
 fn a_lease_ends() {
-    for lease in ["0", "61", "-1", "soon"] {
+    for lease in ["0", "31", "-1", "soon"] {
         assert!(parse(&["snapshot", "prepare", "x", "--lease", lease]).is_err(), "{lease}");
     }
     let command = parse(&["snapshot", "prepare", "x", "--lease", "30"]).unwrap();
