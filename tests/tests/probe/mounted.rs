@@ -93,10 +93,12 @@ fn xfs_needs_replay_while_mounted_and_none_frozen_or_unmounted() {
 
 #[test]
 #[ignore = "needs root, loop devices and the kernel's xfs"]
-fn a_mount_replays_an_xfs_that_was_clean_frozen_without_a_change() {
+fn a_mount_recovers_a_frozen_xfs_to_one_that_xfs_repair_finds_clean() {
     let mounted = Mounted::new(xfs::make(&[]));
     mounted.work(100);
     let frozen = mounted.frozen();
+    // The copy has the same identity, and the kernel mounts only one of them.
+    drop(mounted);
     let replayed = Mounted::new(frozen).unmount();
     assert_eq!(ask("xfs_repair", &["-n", replayed.path()]).status, 0);
     expect(&replayed, FsKind::Xfs, Verdict::Clean);

@@ -33,7 +33,9 @@ fn listed(image: &Image) -> Vec<(u32, u64, u64, Option<String>)> {
             found.map(|value| value.trim_start_matches('=').trim().trim_matches('"').to_owned())
         };
         let sectors = |key: &str| field(key).unwrap().parse::<u64>().unwrap() * 512;
-        (number.trim().parse().unwrap(), sectors("start"), sectors("size"), field("name"))
+        // After a path that ends with a digit there is a `p` before the number.
+        let number = number.trim().trim_start_matches('p').parse().unwrap();
+        (number, sectors("start"), sectors("size"), field("name"))
     };
     lines.map(partition).filter(|(_, _, size, _)| *size > 0).collect()
 }
@@ -51,7 +53,7 @@ fn kinds(verdicts: &[FsVerdict]) -> Vec<(FsKind, Verdict)> {
 pub(crate) fn gpt() -> Image {
     let script = "label: gpt\n\
         size=1MiB, type=21686148-6449-6E6F-744E-656564454649\n\
-        size=8MiB, type=uefi, name=\"EFI System\"\n\
+        size=17MiB, type=uefi, name=\"EFI System\"\n\
         size=20MiB, name=\"root\"\n\
         size=10MiB, name=\"bsd\"\n\
         size=20MiB, name=\"Basic data partition\"\n\
@@ -59,7 +61,7 @@ pub(crate) fn gpt() -> Image {
     let image = make(80 * MIB, script);
     let places = listed(&image);
     for (place, content) in
-        places[1..].iter().zip([fat::make("16", 8), ext::make("ext4"), ufs::make(2, "le"), ntfs::make()])
+        places[1..].iter().zip([fat::make("16", 16), ext::make("ext4"), ufs::make(2, "le"), ntfs::make()])
     {
         image.place(place.1, &content);
     }
@@ -68,8 +70,8 @@ pub(crate) fn gpt() -> Image {
 
 /// Logical partitions between primary ones.
 pub(crate) fn mbr() -> Image {
-    let script = "label: dos\nsize=20MiB, type=83\nsize=30MiB, type=5\nsize=20MiB, type=7\n\
-        size=9MiB, type=c\nsize=17MiB, type=83\n";
+    let script = "label: dos\n1: size=20MiB, type=83\n2: size=30MiB, type=5\n3: size=20MiB, type=7\n\
+        5: size=9MiB, type=c\n6: size=17MiB, type=83\n";
     let image = make(80 * MIB, script);
     let places = listed(&image);
     let contents = [(1, ext::make("ext3")), (3, ntfs::make()), (5, fat::make("12", 4)), (6, ext::make("ext2"))];
