@@ -1,7 +1,29 @@
 //! The cut: consistent snapshots of a group of disks.
 
+mod chain;
+mod cut;
+mod debts;
+mod edit;
+mod events;
+mod export;
+mod group;
+mod housekeeping;
+mod layer;
+mod manager;
+mod manifest;
 mod model;
+pub mod probe;
+mod store;
 
+pub use chain::Chain;
+
+pub use cut::{
+    Clock, ClosedGates, Collector, Coverage, Cut, CutPlan, CutPorts, Debts, Events, FreezeOutcome,
+    FreezeStatus, Freezer, GateGroup, Gates, Guest, GuestError, GuestResult, Held, Layers, Limits, Overrun,
+    PivotedLayers, PreparedLayers, SystemClock, ThawOutcome, grade,
+};
+pub use export::Progress;
+pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, Manager};
 pub use model::{
     CreateRequest, DiskStatus, Event, FreezeOwner, FreezePolicy, Grade, ImageFormat, SnapshotDisk,
     SnapshotRecord, Step, Timing, millis,

@@ -1,0 +1,227 @@
+//! A chain: one disk's layers, served as one disk whose active layer can be switched in an instant.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+
+use arc_swap::ArcSwapOption;
+use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Gate, Result, WriteGuard};
+
+use crate::layer::Layer;
+use crate::model::{DiskStatus, SnapshotDisk};
+
+/// One disk that is served, and its gate.
+///
+/// # Invariants
+/// - `active` is switched only while the gate is closed and drained: no request sees it change.
+/// - While a layer is *sealing* (its snapshot is taken, its sync not done), a guest's flush syncs it too: the guest's
+///   promise does not wait for ours.
+#[derive(Debug)]
+pub struct Chain {
+    id: String,
+    capacity: u64,
+    read_only: bool,
+    gate: Arc<Gate>,
+    connected: AtomicBool,
+    /// `None` while the images are closed, for work on the chain itself.
+    active: ArcSwapOption<Active>,
+    /// The base first, the active layer last. Held only by the control plane.
+    layers: Mutex<Vec<Arc<Layer>>>,
+}
+
+#[derive(Debug)]
+struct Active {
+    top: Arc<dyn Disk>,
+    sealing: Option<Arc<Layer>>,
+}
+
+impl Chain {
+    /// A chain of `layers`, the last of which is active. Not empty.
+    pub(crate) fn new(id: &str, read_only: bool, layers: Vec<Arc<Layer>>) -> Result<Self> {
+        let chain = Self {
+            id: id.to_owned(),
+            capacity: layers.last().map_or(0, |top| top.disk().capacity()),
+            read_only,
+            gate: Arc::default(),
+            connected: AtomicBool::new(false),
+            active: ArcSwapOption::empty(),
+            layers: Mutex::default(),
+        };
+        chain.attach(layers)?;
+        Ok(chain)
+    }
+
+    /// The disk's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The gate at its virtqueues.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// Told by the device: whether a front-end is connected.
+    pub fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::SeqCst);
+    }
+
+    /// Whether a front-end is connected.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn layers(&self) -> MutexGuard<'_, Vec<Arc<Layer>>> {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The active layer.
+    pub(crate) fn top(&self) -> Option<Arc<Layer>> {
+        self.layers().last().cloned()
+    }
+
+    /// The cut's switch: `overlay` becomes active, what was active is sealing. The caller has the gate closed and
+    /// drained. Constant time; nothing in it can fail. Returns the layer that now holds the frozen state, `None` if
+    /// the chain is detached.
+    pub(crate) fn pivot(&self, overlay: Arc<Layer>) -> Option<Arc<Layer>> {
+        let mut layers = self.layers();
+        let frozen = layers.last().cloned()?;
+        frozen.seal();
+        let active = Active { top: overlay.disk(), sealing: Some(Arc::clone(&frozen)) };
+        self.active.store(Some(Arc::new(active)));
+        layers.push(overlay);
+        Some(frozen)
+    }
+
+    /// The sealing layer is on stable storage: a guest's flush need not sync it any more.
+    pub(crate) fn sealed(&self) {
+        if let Some(active) = &*self.active.load() {
+            self.active.store(Some(Arc::new(Active { top: Arc::clone(&active.top), sealing: None })));
+        }
+    }
+
+    /// Closes the images, for work on the chain itself. The caller has the gate closed and drained, and keeps it so
+    /// until it has attached the chain again.
+    pub(crate) fn detach(&self) {
+        self.active.store(None);
+        self.layers().clear();
+    }
+
+    /// Shows these layers from now on, the last of which is active.
+    pub(crate) fn attach(&self, layers: Vec<Arc<Layer>>) -> Result<()> {
+        let top = layers.last().ok_or_else(|| Error::new(ErrorKind::Corrupt, "a chain without layers"))?;
+        self.active.store(Some(Arc::new(Active { top: top.disk(), sealing: None })));
+        *self.layers() = layers;
+        Ok(())
+    }
+
+    fn closed(&self) -> Error {
+        Error::new(ErrorKind::Busy, format!("the images of disk {} are closed for maintenance", self.id))
+    }
+
+    /// What a client is told of it.
+    pub(crate) fn status(&self) -> DiskStatus {
+        let image = |layer: &Arc<Layer>| SnapshotDisk {
+            id: self.id.clone(),
+            path: layer.entry.path.clone(),
+            format: layer.entry.format,
+        };
+        DiskStatus {
+            id: self.id.clone(),
+            capacity: self.capacity,
+            read_only: self.read_only,
+            connected: self.is_connected(),
+            layers: self.layers().iter().map(image).collect(),
+        }
+    }
+}
+
+impl Disk for Chain {
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn discard_granularity(&self) -> u32 {
+        // That of an overlay's subclusters and of a host's pages: the device is told once, the layers change.
+        4096
+    }
+
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<()> {
+        match &*self.active.load() {
+            Some(active) => active.top.resolve_read(range, out),
+            None => Err(self.closed()),
+        }
+    }
+
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        waker: &Waker,
+        out: &mut Vec<Extent>,
+    ) -> Poll<Result<WriteGuard>> {
+        match &*self.active.load() {
+            Some(active) => active.top.resolve_write(range, waker, out),
+            None => Poll::Ready(Err(self.closed())),
+        }
+    }
+
+    fn discard(&self, range: ByteRange, waker: &Waker) -> Poll<Result<()>> {
+        match &*self.active.load() {
+            Some(active) => active.top.discard(range, waker),
+            None => Poll::Ready(Err(self.closed())),
+        }
+    }
+
+    fn write_zeroes(&self, range: ByteRange, unmap: bool, waker: &Waker) -> Poll<Result<()>> {
+        match &*self.active.load() {
+            Some(active) => active.top.write_zeroes(range, unmap, waker),
+            None => Poll::Ready(Err(self.closed())),
+        }
+    }
+
+    fn flush(&self) -> Box<dyn Flush> {
+        match &*self.active.load() {
+            Some(active) => match &active.sealing {
+                None => active.top.flush(),
+                Some(layer) => {
+                    Box::new(BothLayers { now: layer.disk().flush(), then: Some(active.top.flush()) })
+                }
+            },
+            None => Box::new(Refused(Some(self.closed()))),
+        }
+    }
+}
+
+/// A guest's flush while the layer beneath is sealing: that layer first, then the active one.
+struct BothLayers {
+    now: Box<dyn Flush>,
+    then: Option<Box<dyn Flush>>,
+}
+
+impl Flush for BothLayers {
+    fn step(&mut self, last: Result<()>, waker: &Waker) -> Poll<Result<FlushStep>> {
+        match (self.now.step(last, waker), self.then.take()) {
+            (Poll::Ready(Ok(FlushStep::Done)), Some(then)) => {
+                self.now = then;
+                self.now.step(Ok(()), waker)
+            }
+            (step, then) => {
+                self.then = then;
+                step
+            }
+        }
+    }
+}
+
+/// The flush of a disk that is closed.
+struct Refused(Option<Error>);
+
+impl Flush for Refused {
+    fn step(&mut self, _last: Result<()>, _waker: &Waker) -> Poll<Result<FlushStep>> {
+        Poll::Ready(self.0.take().map_or(Ok(FlushStep::Done), Err))
+    }
+}

@@ -1,0 +1,227 @@
+//! Export: one disk of a snapshot, whole, as a new raw or qcow2 file.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use block::{ByteRange, Context, Disk, Error, ErrorKind, Result, Source, Storage, write_disk};
+use hostio::{Cache, HostFile};
+use qcow2::{CreateOptions, Image, Journal, Mode};
+
+use crate::layer::MAX_PENDING;
+use crate::model::ImageFormat;
+
+/// How much is read at once; also the granularity in which progress is told.
+const CHUNK: u64 = 1 << 20;
+
+/// What is not written if it is all zeroes, so that the file stays as sparse as the disk.
+const GRAIN: usize = 4096;
+
+/// Told as the export goes on: bytes of the disk done, and of it in all.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// Writes `disk` to the new file `out`. It appears under its name only when it is whole and on stable storage; on an
+/// error nothing is left behind. An existing file is never overwritten.
+pub(crate) fn export(disk: &dyn Disk, out: &Path, format: ImageFormat, progress: Progress<'_>) -> Result<()> {
+    if out.exists() {
+        let story = format!("{} exists already: remove it, or choose another name", out.display());
+        return Err(Error::new(ErrorKind::Busy, story));
+    }
+    let partial = partial_name(out)?;
+    let written = write(disk, &partial, format, progress).and_then(|()| {
+        std::fs::rename(&partial, out).context(|| format!("rename {} to its name", partial.display()))?;
+        let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
+        hostio::sync_dir(folder.unwrap_or(Path::new(".")))
+    });
+    written.inspect_err(|_| {
+        // The error to tell is the export's; a rest that can not be removed is named like one.
+        let _ = std::fs::remove_file(&partial);
+    })
+}
+
+fn partial_name(out: &Path) -> Result<PathBuf> {
+    let name = out.file_name().ok_or_else(|| {
+        Error::new(ErrorKind::InvalidInput, format!("'{}' is not a file name", out.display()))
+    })?;
+    let mut partial = name.to_owned();
+    partial.push(".partial");
+    Ok(out.with_file_name(partial))
+}
+
+fn write(disk: &dyn Disk, path: &Path, format: ImageFormat, progress: Progress<'_>) -> Result<()> {
+    // The rest of an export that was killed.
+    hostio::remove_file(path)?;
+    let file = Arc::new(HostFile::create(path, Cache::Writeback)?);
+    match format {
+        ImageFormat::Raw => {
+            file.set_len(disk.capacity())?;
+            copy(disk, &mut |bytes, offset| file.write_at(bytes, offset), progress)?;
+            file.sync()
+        }
+        ImageFormat::Qcow2 => {
+            qcow2::create(&*file, &CreateOptions::overlay(disk.capacity(), None))?;
+            let journal = Journal::create(Arc::new(Nowhere), Arc::new(Nowhere), "")?;
+            let image = Image::open(file, None, Mode::Writable(journal))?;
+            let mut put = |bytes: &[u8], offset| {
+                write_disk(&image, offset, bytes)?;
+                if image.pending() > MAX_PENDING { image.flush().run() } else { Ok(()) }
+            };
+            copy(disk, &mut put, progress)?;
+            image.flush().run()
+        }
+    }
+}
+
+/// Where the journal of an export goes: what a killed export leaves is removed, never recovered.
+#[derive(Debug)]
+struct Nowhere;
+
+impl Storage for Nowhere {
+    fn read_at(&self, _buf: &mut [u8], _offset: u64) -> Result<()> {
+        Err(Error::new(ErrorKind::Io, "nothing is kept here"))
+    }
+
+    fn write_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn len(&self) -> Result<u64> {
+        Ok(0)
+    }
+
+    fn set_len(&self, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn punch_hole(&self, _range: ByteRange) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Hands every run of bytes of `disk` that is not zero to `put`.
+fn copy(
+    disk: &dyn Disk,
+    put: &mut dyn FnMut(&[u8], u64) -> Result<()>,
+    progress: Progress<'_>,
+) -> Result<()> {
+    let capacity = disk.capacity();
+    let (mut extents, mut buffer) = (Vec::new(), Vec::new());
+    let mut offset = 0;
+    while offset < capacity {
+        let chunk = ByteRange { offset, len: CHUNK.min(capacity - offset) };
+        extents.clear();
+        disk.resolve_read(chunk, &mut extents)?;
+        for extent in &extents {
+            if let Source::File { storage, offset: start } = &extent.source {
+                let range = ByteRange { offset: *start, len: extent.len };
+                copy_extent(&**storage, range, offset, &mut buffer, put)?;
+            }
+            offset += extent.len;
+        }
+        progress(offset, capacity);
+    }
+    Ok(())
+}
+
+/// Copies the part of a file that is data, skipping its holes; `to` is where `range` belongs on the disk.
+fn copy_extent(
+    storage: &dyn Storage,
+    range: ByteRange,
+    to: u64,
+    buffer: &mut Vec<u8>,
+    put: &mut dyn FnMut(&[u8], u64) -> Result<()>,
+) -> Result<()> {
+    let mut from = range.offset;
+    while from < range.end() {
+        let rest = ByteRange { offset: from, len: range.end() - from };
+        let Some(data) = storage.next_data(from)?.and_then(|data| data.intersect(rest)) else { break };
+        // Extents are at most a chunk long, so this buffer is bounded.
+        buffer.resize(data.len as usize, 0);
+        storage.read_at(buffer, data.offset)?;
+        put_grains(buffer, to + (data.offset - range.offset), put)?;
+        from = data.end();
+    }
+    Ok(())
+}
+
+/// Puts the runs of `bytes` that are not all zeroes.
+fn put_grains(bytes: &[u8], to: u64, put: &mut dyn FnMut(&[u8], u64) -> Result<()>) -> Result<()> {
+    let is_zero = |grain: &&[u8]| grain.iter().all(|&byte| byte == 0);
+    let mut grains = bytes.chunks(GRAIN).peekable();
+    let mut start = 0;
+    while let Some(first) = grains.next() {
+        let zero = is_zero(&first);
+        let mut end = start + first.len();
+        while let Some(grain) = grains.next_if(|grain| is_zero(grain) == zero) {
+            end += grain.len();
+        }
+        if !zero {
+            put(&bytes[start..end], to + start as u64)?;
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use block::testing::MemStorage;
+    use block::{RawDisk, read_disk};
+
+    fn disk() -> (Vec<u8>, RawDisk) {
+        let mut bytes = vec![0; 3 * CHUNK as usize + 512];
+        bytes[5 * GRAIN + 7] = 1;
+        bytes[CHUNK as usize - 1..CHUNK as usize + 2 * GRAIN].fill(2);
+        *bytes.last_mut().unwrap() = 3;
+        (bytes.clone(), RawDisk::new(Arc::new(MemStorage::from(bytes)), true).unwrap())
+    }
+
+    #[test]
+    fn a_raw_export_is_the_disk_and_sparse() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out.raw");
+        let (bytes, disk) = disk();
+        let mut told = Vec::new();
+        export(&disk, &out, ImageFormat::Raw, &mut |done, total| told.push((done, total))).unwrap();
+        assert!(std::fs::read(&out).unwrap() == bytes);
+        assert!(out.metadata().unwrap().blocks() * 512 <= 10 * GRAIN as u64);
+        assert_eq!(told.last(), Some(&(disk.capacity(), disk.capacity())));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_qcow2_export_is_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out.qcow2");
+        let (bytes, disk) = disk();
+        export(&disk, &out, ImageFormat::Qcow2, &mut |_, _| {}).unwrap();
+        let how = hostio::Open { writable: false, cache: Cache::Writeback };
+        let image = Image::open(Arc::new(HostFile::open(&out, how).unwrap()), None, Mode::ReadOnly).unwrap();
+        let mut found = vec![0; bytes.len()];
+        read_disk(&image, 0, &mut found).unwrap();
+        assert!(found == bytes);
+    }
+
+    #[test]
+    fn what_exists_is_not_overwritten_and_a_failure_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out.raw");
+        std::fs::write(&out, "mine").unwrap();
+        let (_, disk) = disk();
+        let error = export(&disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert_eq!(std::fs::read(&out).unwrap(), b"mine");
+
+        let storage = block::testing::FaultStorage::new(MemStorage::from(vec![1; 4096]));
+        storage.fail_reads(1);
+        let failing = RawDisk::new(Arc::new(storage), true).unwrap();
+        let out = folder.path().join("none.raw");
+        export(&failing, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

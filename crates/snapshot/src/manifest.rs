@@ -1,0 +1,179 @@
+//! The manifest: which images make up each disk, and which snapshots there are.
+//!
+//! It is one small JSON file in the state directory, replaced whole. In PREPARE it names the new overlay *before*
+//! the overlay is used: an empty overlay reads the same as the layer beneath, so whichever of the two manifests a
+//! crash leaves, the chain it names holds what the guest wrote.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use block::{Context, Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::model::{ImageFormat, SnapshotRecord};
+
+/// The version of the file's layout that this code reads and writes.
+const VERSION: u32 = 1;
+
+/// All that must be known to find the disks again.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct Manifest {
+    version: u32,
+    /// The boot of the host in which this was written. What was not synced then is in the page cache of that boot,
+    /// or lost.
+    pub(crate) boot_id: String,
+    /// By disk id.
+    pub(crate) disks: BTreeMap<String, DiskEntry>,
+    /// The oldest first.
+    pub(crate) snapshots: Vec<SnapshotRecord>,
+    /// The snapshot whose overlays are prepared, while its cut is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) pending: Option<String>,
+}
+
+/// One disk's images.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct DiskEntry {
+    /// The base first, the active layer last. Never empty.
+    pub(crate) layers: Vec<LayerEntry>,
+    /// The number of the next overlay; numbers are never used again.
+    pub(crate) next: u32,
+}
+
+/// One image.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct LayerEntry {
+    /// Where it is, absolute.
+    pub(crate) path: PathBuf,
+    /// Its format.
+    pub(crate) format: ImageFormat,
+    /// Its number; the base is 0.
+    pub(crate) number: u32,
+}
+
+impl Manifest {
+    /// One that knows nothing yet.
+    pub(crate) fn empty(boot_id: &str) -> Self {
+        let boot_id = boot_id.to_owned();
+        Self { version: VERSION, boot_id, disks: BTreeMap::new(), snapshots: Vec::new(), pending: None }
+    }
+
+    /// The manifest in `path`, or `None` if there is none.
+    pub(crate) fn load(path: &Path) -> Result<Option<Self>> {
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::from(error).context(format!("read {}", path.display()))),
+        };
+        let manifest = Self::parse(&bytes).context(|| format!("read {}", path.display()))?;
+        Ok(Some(manifest))
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self> {
+        let corrupt = |story: String| Error::new(ErrorKind::Corrupt, story);
+        let manifest: Self = serde_json::from_slice(bytes)
+            .map_err(|error| corrupt(format!("not a manifest of this version of frazil: {error}")))?;
+        if manifest.version != VERSION {
+            return Err(corrupt(format!("its version is {}, expected {VERSION}", manifest.version)));
+        }
+        if let Some((id, _)) = manifest.disks.iter().find(|(_, disk)| disk.layers.is_empty()) {
+            return Err(corrupt(format!("disk {id} has no layers")));
+        }
+        Ok(manifest)
+    }
+
+    /// Replaces the file at `path` by this; durable when it returns.
+    pub(crate) fn store(&self, path: &Path) -> Result<()> {
+        let mut bytes = serde_json::to_vec_pretty(self).map_err(std::io::Error::from)?;
+        bytes.push(b'\n');
+        hostio::replace_file(path, &bytes)
+    }
+
+    /// The snapshot of that name.
+    pub(crate) fn snapshot(&self, name: &str) -> Result<&SnapshotRecord> {
+        self.snapshots.iter().find(|snapshot| snapshot.name == name).ok_or_else(|| {
+            let story = format!("there is no snapshot '{name}'; see `frazil snapshot list`");
+            Error::new(ErrorKind::NotFound, story)
+        })
+    }
+
+    /// The disk of that id.
+    pub(crate) fn disk(&self, id: &str) -> Result<&DiskEntry> {
+        self.disks.get(id).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("there is no disk '{id}'; see `frazil status`"))
+        })
+    }
+
+    /// The index, in the disk's layers, of the image that holds the snapshot.
+    pub(crate) fn layer_of(&self, name: &str, id: &str) -> Result<usize> {
+        let snapshot = self.snapshot(name)?;
+        let held = snapshot.disks.iter().find(|disk| disk.id == id).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("disk '{id}' is not part of snapshot '{name}'"))
+        })?;
+        self.disk(id)?.layers.iter().position(|layer| layer.path == held.path).ok_or_else(|| {
+            let story =
+                format!("the image {} of snapshot '{name}' is no longer in the chain", held.path.display());
+            Error::new(ErrorKind::NotFound, story)
+        })
+    }
+
+    /// Puts a new overlay on top of a disk's chain.
+    pub(crate) fn push_layer(&mut self, id: &str, entry: &LayerEntry) {
+        if let Some(disk) = self.disks.get_mut(id) {
+            disk.next = disk.next.max(entry.number + 1);
+            disk.layers.push(entry.clone());
+        }
+    }
+
+    /// Takes it off again; its number stays used.
+    pub(crate) fn pop_layer(&mut self, id: &str, entry: &LayerEntry) {
+        if let Some(disk) = self.disks.get_mut(id) {
+            disk.layers.retain(|layer| layer != entry);
+        }
+    }
+
+    /// Snapshots held by layers of `id` from index `from` on, the oldest first.
+    pub(crate) fn snapshots_from(&self, id: &str, from: usize) -> Vec<&SnapshotRecord> {
+        let layers = self.disks.get(id).map_or(&[][..], |disk| disk.layers.get(from..).unwrap_or_default());
+        let holds = |snapshot: &SnapshotRecord| {
+            snapshot
+                .disks
+                .iter()
+                .any(|held| held.id == id && layers.iter().any(|layer| layer.path == held.path))
+        };
+        self.snapshots.iter().filter(|snapshot| holds(snapshot)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_comes_back_as_it_was_stored() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("manifest.json");
+        assert_eq!(Manifest::load(&path).unwrap(), None);
+        let mut manifest = Manifest::empty("boot");
+        let layer = LayerEntry { path: "/images/a.raw".into(), format: ImageFormat::Raw, number: 0 };
+        manifest.disks.insert("vda".into(), DiskEntry { layers: vec![layer], next: 1 });
+        manifest.store(&path).unwrap();
+        assert_eq!(Manifest::load(&path).unwrap(), Some(manifest));
+    }
+
+    #[test]
+    fn what_is_not_a_manifest_is_refused_with_its_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("manifest.json");
+        let entry = r#"{"version":1,"boot-id":"b","disks":{"vda":{"layers":[],"next":1}},"snapshots":[]}"#;
+        for bytes in ["", "{}", "[1,2", &entry.replace(":1,", ":9,"), entry] {
+            std::fs::write(&path, bytes).unwrap();
+            let error = Manifest::load(&path).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{bytes}");
+            assert!(error.to_string().contains("manifest.json"), "{error}");
+        }
+    }
+}

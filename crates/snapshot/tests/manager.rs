@@ -1,0 +1,343 @@
+//! The manager over real files, without a guest: what snapshots, deletes and reverts do to the disks.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use block::{ErrorKind, read_disk, write_disk};
+use hostio::Cache;
+use snapshot::{
+    Chain, CreateRequest, DiskConfig, Event, FreezeDefaults, FreezePolicy, Grade, ImageFormat, Manager,
+    SnapshotRecord,
+};
+use tempfile::TempDir;
+
+const SIZE: u64 = 8 << 20;
+
+struct Bench {
+    folder: TempDir,
+    disks: Vec<DiskConfig>,
+}
+
+impl Bench {
+    fn new(ids: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = |id: &&str| {
+            let path = folder.path().join(format!("base-{id}.raw"));
+            File::create(&path).unwrap().set_len(SIZE).unwrap();
+            let format = ImageFormat::Raw;
+            DiskConfig { id: (*id).to_owned(), path, format, read_only: false, cache: Cache::Writeback }
+        };
+        let disks = ids.iter().map(disk).collect();
+        Self { folder, disks }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn open(&self) -> Manager {
+        Manager::open(&self.path("state"), &self.disks, FreezeDefaults::default(), None).unwrap()
+    }
+
+    fn export(&self, manager: &Manager, name: &str, disk: &str) -> Vec<u8> {
+        let out = self.path(&format!("{name}-{disk}.out"));
+        manager.export(name, disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap();
+        let bytes = std::fs::read(&out).unwrap();
+        std::fs::remove_file(out).unwrap();
+        bytes
+    }
+}
+
+fn request(name: &str) -> CreateRequest {
+    CreateRequest { name: name.to_owned(), disks: None, freeze: Some(FreezePolicy::Never) }
+}
+
+fn snapshot(manager: &Manager, name: &str) -> SnapshotRecord {
+    manager.create(request(name)).unwrap()
+}
+
+fn chain<'a>(manager: &'a Manager, id: &str) -> &'a Arc<Chain> {
+    manager.chain(id).unwrap()
+}
+
+/// Writes the byte `stamp` over the 4 KiB at `offset`.
+fn stamp(manager: &Manager, id: &str, offset: u64, stamp: u8) {
+    write_disk(&**chain(manager, id), offset, &[stamp; 4096]).unwrap();
+}
+
+fn byte(manager: &Manager, id: &str, offset: u64) -> u8 {
+    let mut found = [0];
+    read_disk(&**chain(manager, id), offset, &mut found).unwrap();
+    found[0]
+}
+
+fn check(path: &Path) {
+    let output = Command::new("qemu-img").args(["check", "-q"]).arg(path).output();
+    let output = output.expect("qemu-img is needed: run `make deps`");
+    assert!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn a_snapshot_keeps_what_was_and_the_disk_goes_on() {
+    let bench = Bench::new(&["vda", "vdb"]);
+    let manager = bench.open();
+    stamp(&manager, "vda", 0, 1);
+    stamp(&manager, "vdb", 4096, 1);
+    let record = snapshot(&manager, "one");
+    assert_eq!(record.grade, Grade::Crash);
+    assert_eq!(record.disks.iter().map(|disk| disk.id.as_str()).collect::<Vec<_>>(), ["vda", "vdb"]);
+    assert_eq!(record.disks[0].path, bench.path("base-vda.raw"));
+    assert!(record.sealed);
+    stamp(&manager, "vda", 0, 2);
+    let second = snapshot(&manager, "two");
+    stamp(&manager, "vda", 0, 3);
+    check(&second.disks[0].path);
+
+    assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vdb", 4096)), (3, 1));
+    assert_eq!(bench.export(&manager, "one", "vda")[0], 1);
+    assert_eq!(bench.export(&manager, "two", "vda")[0], 2);
+    assert_eq!(manager.list().iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["one", "two"]);
+    assert_eq!(manager.list(), [manager.show("one").unwrap(), manager.show("two").unwrap()]);
+}
+
+#[test]
+fn a_restart_finds_the_chain_whether_the_daemon_ended_well_or_not() {
+    let bench = Bench::new(&["vda"]);
+    for ends_well in [true, false] {
+        let manager = bench.open();
+        let name = format!("ended-well-{ends_well}");
+        stamp(&manager, "vda", 0, 1);
+        snapshot(&manager, &name);
+        stamp(&manager, "vda", 0, 2);
+        stamp(&manager, "vda", 3 << 20, 3);
+        match ends_well {
+            true => manager.shut_down().unwrap(),
+            // Without a flush: the overlay's tables are only in the process, and in its journal.
+            false => drop(manager),
+        }
+        let manager = bench.open();
+        assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vda", 3 << 20)), (2, 3));
+        assert_eq!(bench.export(&manager, &name, "vda")[0], 1);
+        manager.shut_down().unwrap();
+    }
+    let manager = Manager::open_offline(&bench.path("state")).unwrap();
+    assert_eq!(manager.list().len(), 2);
+    assert_eq!(bench.export(&manager, "ended-well-true", "vda")[0], 1);
+}
+
+#[test]
+fn one_process_a_state_directory_and_one_base_a_disk() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    let error = Manager::open_offline(&bench.path("state")).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("--control"), "{error}");
+    drop(manager);
+    let mut other = bench.disks.clone();
+    other[0].path = bench.path("other.raw");
+    File::create(&other[0].path).unwrap();
+    let opened = Manager::open(&bench.path("state"), &other, FreezeDefaults::default(), None);
+    assert!(opened.err().unwrap().to_string().contains("base-vda.raw"));
+}
+
+#[test]
+fn the_newest_snapshot_can_be_deleted_and_the_disk_does_not_change() {
+    let bench = Bench::new(&["vda", "vdb"]);
+    let manager = bench.open();
+    stamp(&manager, "vda", 0, 1);
+    snapshot(&manager, "one");
+    stamp(&manager, "vda", 0, 2);
+    snapshot(&manager, "two");
+    stamp(&manager, "vda", 4096, 3);
+    let files = || std::fs::read_dir(bench.folder.path()).unwrap().count();
+    let before = files();
+
+    let error = manager.delete("one").unwrap_err();
+    assert!(error.to_string().contains("two came after it"), "{error}");
+    manager.delete("two").unwrap();
+    assert_eq!(files(), before - 2);
+    assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vda", 4096)), (2, 3));
+    assert_eq!(bench.export(&manager, "one", "vda")[..4097], [&[1; 4096][..], &[0]].concat());
+    // What merged is what is written on, and the next one can go the same way, into the raw base.
+    stamp(&manager, "vda", 8192, 4);
+    manager.delete("one").unwrap();
+    assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vda", 8192)), (2, 4));
+    manager.shut_down().unwrap();
+    let base = std::fs::read(bench.path("base-vda.raw")).unwrap();
+    assert_eq!((base[0], base[4096], base[8192]), (2, 3, 4));
+    assert_eq!(files(), 3);
+}
+
+#[test]
+fn a_revert_forgets_what_came_after() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    stamp(&manager, "vda", 0, 1);
+    snapshot(&manager, "one");
+    stamp(&manager, "vda", 0, 2);
+    snapshot(&manager, "two");
+    stamp(&manager, "vda", 0, 3);
+    manager.revert("two", false).unwrap();
+    assert_eq!(byte(&manager, "vda", 0), 2);
+    let error = manager.revert("one", false).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    manager.revert("one", true).unwrap();
+    assert_eq!(byte(&manager, "vda", 0), 1);
+    assert_eq!(manager.list().len(), 1);
+    stamp(&manager, "vda", 0, 4);
+    manager.shut_down().unwrap();
+    let manager = bench.open();
+    assert_eq!(byte(&manager, "vda", 0), 4);
+    assert_eq!(bench.export(&manager, "one", "vda")[0], 1);
+}
+
+#[test]
+fn nothing_is_deleted_or_reverted_under_a_guest() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    snapshot(&manager, "one");
+    chain(&manager, "vda").set_connected(true);
+    for refused in [manager.delete("one"), manager.revert("one", false)] {
+        let error = refused.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(error.to_string().contains("shut it down first"), "{error}");
+    }
+    assert!(!chain(&manager, "vda").gate().is_closed());
+    assert_eq!(byte(&manager, "vda", 0), 0);
+}
+
+#[test]
+fn bad_requests_are_refused_and_change_nothing() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    snapshot(&manager, "taken");
+    let files = std::fs::read_dir(bench.folder.path()).unwrap().count();
+    let with_disks = |disks: &[&str]| {
+        let disks = Some(disks.iter().map(|&id| id.to_owned()).collect());
+        CreateRequest { disks, ..request("new") }
+    };
+    let require = CreateRequest { freeze: Some(FreezePolicy::Require), ..request("new") };
+    let table = [
+        (request(""), ErrorKind::InvalidInput),
+        (request("-x"), ErrorKind::InvalidInput),
+        (request("a/b"), ErrorKind::InvalidInput),
+        (request(&"x".repeat(65)), ErrorKind::InvalidInput),
+        (request("taken"), ErrorKind::Busy),
+        (with_disks(&[]), ErrorKind::InvalidInput),
+        (with_disks(&["vdz"]), ErrorKind::NotFound),
+        (with_disks(&["vda", "vda"]), ErrorKind::InvalidInput),
+        (require, ErrorKind::InvalidInput),
+    ];
+    for (bad, kind) in table {
+        let error = manager.create(bad.clone()).unwrap_err();
+        assert_eq!(error.kind(), kind, "{bad:?}: {error}");
+    }
+    assert_eq!(std::fs::read_dir(bench.folder.path()).unwrap().count(), files);
+    assert_eq!(manager.list().len(), 1);
+    assert_eq!(manager.show("none").unwrap_err().kind(), ErrorKind::NotFound);
+    let out = bench.path("out");
+    let exported = manager.export("taken", "vdz", &out, ImageFormat::Raw, &mut |_, _| {});
+    assert_eq!(exported.unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_prepared_snapshot_is_released_aborted_or_ended_by_its_lease() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    stamp(&manager, "vda", 0, 1);
+    let lease = Duration::from_secs(20);
+    manager.prepare(request("held"), lease).unwrap();
+    assert_eq!(manager.prepared().as_deref(), Some("held"));
+    assert!(chain(&manager, "vda").gate().is_closed());
+    assert_eq!(manager.create(request("other")).unwrap_err().kind(), ErrorKind::Busy);
+    assert_eq!(manager.release("other").unwrap_err().kind(), ErrorKind::NotFound);
+    assert!(manager.release("held").unwrap().timing.gate_closed > 0.0);
+    assert!(!chain(&manager, "vda").gate().is_closed());
+
+    manager.prepare(request("aborted"), lease).unwrap();
+    manager.abort("aborted").unwrap();
+    assert!(!chain(&manager, "vda").gate().is_closed());
+
+    let events = manager.subscribe();
+    manager.prepare(request("expired"), Duration::from_millis(50)).unwrap();
+    let failed = |event| matches!(event, Event::Failed { name, .. } if name == "expired");
+    let mut events = std::iter::from_fn(|| events.recv_timeout(Duration::from_secs(10)).ok());
+    assert!(events.any(failed));
+    assert!(!chain(&manager, "vda").gate().is_closed());
+    assert_eq!(manager.list().len(), 1);
+    assert_eq!(chain(&manager, "vda").gate().in_flight(), 0);
+    assert_eq!(manager.disks()[0].layers.len(), 2);
+}
+
+/// The daemon was killed between PREPARE and the end of the cut: the manifest names an overlay, and a snapshot that
+/// was never taken.
+#[test]
+fn a_kill_in_mid_cut_leaves_a_chain_that_reads_right() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    stamp(&manager, "vda", 0, 1);
+    snapshot(&manager, "one");
+    stamp(&manager, "vda", 4096, 2);
+    manager.prepare(request("never"), Duration::from_secs(20)).unwrap();
+    let state = bench.path("state");
+    let at_the_kill = bench.path("state-at-the-kill");
+    let copied = Command::new("cp").arg("-a").arg(&state).arg(&at_the_kill).status().unwrap();
+    assert!(copied.success());
+    // The overlay itself goes when the cut is undone below, so it is kept aside as well.
+    let overlay = std::fs::read_dir(bench.folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.to_string_lossy().ends_with("000002.qcow2"))
+        .unwrap();
+    let kept = bench.path("kept");
+    std::fs::copy(&overlay, &kept).unwrap();
+    drop(manager);
+    std::fs::remove_dir_all(&state).unwrap();
+    std::fs::rename(&at_the_kill, &state).unwrap();
+    std::fs::rename(&kept, &overlay).unwrap();
+
+    let manager = bench.open();
+    assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vda", 4096)), (1, 2));
+    assert_eq!(manager.list().len(), 1);
+    assert_eq!(bench.export(&manager, "one", "vda")[4096], 0);
+    stamp(&manager, "vda", 8192, 3);
+    snapshot(&manager, "two");
+    assert_eq!(bench.export(&manager, "two", "vda")[8192], 3);
+}
+
+#[test]
+fn a_qcow2_base_with_its_own_backing_file_is_served() {
+    let bench = Bench::new(&[]);
+    let beneath = bench.path("beneath.raw");
+    let file = File::create(&beneath).unwrap();
+    file.set_len(SIZE).unwrap();
+    file.write_all_at(&[5; 4096], 8192).unwrap();
+    let base = bench.path("base.qcow2");
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "beneath.raw"])
+        .arg(&base)
+        .status();
+    assert!(made.expect("qemu-img is needed: run `make deps`").success());
+    let format = ImageFormat::Qcow2;
+    let disk = DiskConfig {
+        id: "vda".into(),
+        path: base.clone(),
+        format,
+        read_only: false,
+        cache: Cache::Writeback,
+    };
+    let bench = Bench { disks: vec![disk], ..bench };
+    let manager = bench.open();
+    stamp(&manager, "vda", 0, 1);
+    snapshot(&manager, "one");
+    stamp(&manager, "vda", 8192, 2);
+    assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vda", 8192)), (1, 2));
+    let exported = bench.export(&manager, "one", "vda");
+    assert_eq!((exported[0], exported[8192]), (1, 5));
+    manager.shut_down().unwrap();
+    check(&base);
+}
