@@ -12,7 +12,7 @@ use crate::failure::EXIT_CODES;
 
 /// Consistent snapshots for running virtual machines.
 #[derive(Debug, Parser)]
-#[command(name = "frazil", version, after_help = EXIT_CODES, max_term_width = 100)]
+#[command(name = "frazil", version, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "to clippy, the helpers of tests are no tests")]
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -141,7 +141,7 @@ fn a_daemon_that_is_not_there_ends_in_3() {
     assert_eq!(
         stderr(&output),
         "frazil: connect to /nonexistent: No such file or directory (os error 2)\n\
-         hint: is `frazil serve` running with this --control? Without it, --state asks its directory\n"
+         hint: is `frazil serve` running with this --control? If it is not meant to, ask its directory with --state\n"
     );
 }
 
@@ -149,19 +149,16 @@ fn a_daemon_that_is_not_there_ends_in_3() {
 fn answer_once(socket: &Path, reply: Option<Value>) -> std::thread::JoinHandle<()> {
     let listener = UnixListener::bind(socket).unwrap();
     std::thread::spawn(move || {
-        let (stream, _) = listener.accept().unwrap();
-        let mut lines = BufReader::new(stream.try_clone().unwrap());
-        let mut stream = stream;
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut requests = stream.try_clone().unwrap();
         writeln!(stream, "{}", json!({ "QMP": { "version": {}, "capabilities": [] } })).unwrap();
         for answer in [Some(json!({})), reply] {
-            let mut request = vec![0; 1];
-            // The client sends no newline: wait for the end of its JSON object, the only one on the way.
+            // The client sends no newline: its command ends with the brace that closes the first.
             let mut depth = 0;
             loop {
-                let bytes = lines.fill_buf().unwrap();
-                request[0] = bytes[0];
-                lines.consume(1);
-                depth += i32::from(request[0] == b'{') - i32::from(request[0] == b'}');
+                let mut byte = [0];
+                requests.read_exact(&mut byte).unwrap();
+                depth += i32::from(byte == *b"{") - i32::from(byte == *b"}");
                 if depth == 0 {
                     break;
                 }

@@ -94,7 +94,13 @@ pub(super) enum Via {
 
 impl Via {
     pub(super) fn open(place: &Place) -> Result<Self, Failure> {
-        let Some(state) = &place.state else { return Connection::open(&place.daemon).map(Self::Control) };
+        let Some(state) = &place.state else {
+            return Connection::open(&place.daemon).map(Self::Control).map_err(|failure| {
+                failure.hint(
+                    "is `frazil serve` running with this --control? If it is not meant to, ask its directory with --state",
+                )
+            });
+        };
         let service = serve::offline(state)
             .map_err(|error| of_state(&format!("open the state directory {}", state.display()), &error))?;
         Ok(Self::State(service))
