@@ -245,3 +245,14 @@ fn a_collector_that_is_told_to_end_leaves_the_record_to_the_next() {
     assert_eq!(freezer.collect(), None);
     assert!(!world.state().debt);
 }
+
+/// As after a panic in a port: nobody is left who would thaw.
+#[test]
+fn a_freeze_that_is_let_go_is_owed() {
+    let (world, freezer) = world(Kind::Linux, &[]);
+    world.state().overlay = Overlay::Prepared;
+    drop(freezer.freeze("s1"));
+    assert!(world.state().frozen.is_some() && freezer.is_owed());
+    assert_eq!(freezer.collect(), None);
+    assert!(world.state().frozen.is_none() && !world.state().debt);
+}
