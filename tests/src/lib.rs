@@ -1,1 +1,12 @@
-//! Conformance, crash and protocol suites that need no virtual machine.
+//! Conformance, crash and protocol suites that need no virtual machine, and what they drive devices with.
+//!
+//! - [`Driver`]: an honest virtio-blk driver over vhost-user, for data and for load.
+//! - [`FrontEnd`]: rings by hand, for messages and for chains that no driver would make.
+
+mod driver;
+mod front_end;
+mod stats;
+
+pub use driver::{Driver, DriverQueue, Request};
+pub use front_end::{Desc, FrontEnd};
+pub use stats::{ProcessTime, open_files, percentile, threads};

@@ -40,7 +40,9 @@ impl Random {
         let bound = if self.below(2) == 0 { range.len.min(64) } else { range.len };
         let at = range.offset + self.below(bound);
         let fill = (self.below(3) == 0).then(|| self.byte());
-        (at..range.end().min(at + 1 + self.below(8))).map(|at| (at, fill.unwrap_or_else(|| self.byte()))).collect()
+        (at..range.end().min(at + 1 + self.below(8)))
+            .map(|at| (at, fill.unwrap_or_else(|| self.byte())))
+            .collect()
     }
 }
 
@@ -62,7 +64,11 @@ fn fuzz(image: &Image, seed: u64) {
         let reads = storage.take_reads();
         let bytes: u64 = reads.iter().map(|range| range.len).sum();
         assert!(!verdicts.is_empty() && verdicts.len() <= 129, "seed {seed}, round {round}");
-        assert!(reads.len() <= MOST_READS && bytes <= MOST_BYTES, "seed {seed}, round {round}: {}", reads.len());
+        assert!(
+            reads.len() <= MOST_READS && bytes <= MOST_BYTES,
+            "seed {seed}, round {round}: {}",
+            reads.len()
+        );
     }
 }
 

@@ -4,6 +4,8 @@
 //! still have to agree on what they see. The tests of `mounted` let the kernel make the states; they need root, loop
 //! devices and the kernel's file systems, so they run only when asked for (`--run-ignored all`).
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "what fails in a test's helper fails the test")]
+
 mod btrfs;
 mod disk;
 mod ext;

@@ -74,7 +74,8 @@ pub(crate) fn mbr() -> Image {
         5: size=9MiB, type=c\n6: size=17MiB, type=83\n";
     let image = make(80 * MIB, script);
     let places = listed(&image);
-    let contents = [(1, ext::make("ext3")), (3, ntfs::make()), (5, fat::make("12", 4)), (6, ext::make("ext2"))];
+    let contents =
+        [(1, ext::make("ext3")), (3, ntfs::make()), (5, fat::make("12", 4)), (6, ext::make("ext2"))];
     for (number, content) in contents {
         let place = places.iter().find(|place| place.0 == number).unwrap();
         image.place(place.1, &content);

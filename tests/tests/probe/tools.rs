@@ -51,7 +51,8 @@ pub(crate) fn ask(tool: &str, args: &[&str]) -> Said {
     let package = package.unwrap_or_else(|| panic!("add {tool} to PACKAGES"));
     // Debian keeps most of them where a user's path does not lead.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let output = Command::new(tool).args(args).env("PATH", path).env("LC_ALL", "C").stdin(Stdio::null()).output();
+    let output =
+        Command::new(tool).args(args).env("PATH", path).env("LC_ALL", "C").stdin(Stdio::null()).output();
     let output = output
         .unwrap_or_else(|error| panic!("can not run {tool} ({error}): install the Debian package {package}"));
     let text = [output.stdout, output.stderr].concat();

@@ -39,7 +39,14 @@ impl<'a> LogWriter<'a> {
         let (group, within) = (start >> block[124], start & ((1 << block[124]) - 1));
         let start = (group * be32(84) + within) * be32(4);
         // mkfs leaves one unmount record, and zeroes.
-        Self { image, start, blocks: be32(96) * be32(4) / 512, cycle: 1, head: 2, uuid: block[32..48].to_vec() }
+        Self {
+            image,
+            start,
+            blocks: be32(96) * be32(4) / 512,
+            cycle: 1,
+            head: 2,
+            uuid: block[32..48].to_vec(),
+        }
     }
 
     /// Writes zeroes, with their cycle, up to where only `left` blocks are left before the ring's end.
@@ -100,7 +107,8 @@ impl<'a> LogWriter<'a> {
 pub(crate) fn transaction(address: u64) -> Vec<(u8, Vec<u8>)> {
     let mut header = 0x5452_414e_u32.to_le_bytes().to_vec();
     header.extend([40_u32, 1, 2].iter().flat_map(|word| word.to_le_bytes()));
-    let mut format = [0x123c_u16, 2, 0x9000, 1].iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+    let mut format =
+        [0x123c_u16, 2, 0x9000, 1].iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
     format.extend(address.to_le_bytes());
     format.extend([1_u32, 1].iter().flat_map(|word| word.to_le_bytes()));
     let mut logged = b"XFSB".to_vec();
@@ -124,8 +132,13 @@ fn expect_both(image: &Image, verdict: Verdict, state: &str) -> (FsVerdict, Stri
 
 #[test]
 fn new_ones_of_all_layouts_are_clean_and_xfs_repair_agrees() {
-    let layouts: [&[&str]; 5] =
-        [&[], &["-m", "crc=0"], &["-m", "crc=0", "-l", "version=1"], &["-s", "size=4096"], &["-l", "su=256k"]];
+    let layouts: [&[&str]; 5] = [
+        &[],
+        &["-m", "crc=0"],
+        &["-m", "crc=0", "-l", "version=1"],
+        &["-s", "size=4096"],
+        &["-l", "su=256k"],
+    ];
     for options in layouts {
         let image = make(options);
         let (found, _) = expect_both(&image, Verdict::Clean, "<CLEAN>");

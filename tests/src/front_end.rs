@@ -1,0 +1,207 @@
+//! A front-end whose rings are written by hand: for chains that no driver would make, and for the order of messages.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{MemfdFlags, memfd_create};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// A descriptor: address, length, flags, next.
+pub type Desc = (u64, u32, u16, u16);
+
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+const VERSION_1: u64 = 1 << 32;
+
+/// Descriptors in a ring.
+const SIZE: u16 = 64;
+
+/// The guest's memory: two regions of 1 MiB that touch.
+const REGION: u64 = 1 << 20;
+
+/// Where ring `i` is: table, then available ring, then used ring. What is past [`FrontEnd::DATA`] is free for tests.
+const RING_STRIDE: u64 = 0x3000;
+
+/// A connection, its memory, and up to four rings.
+pub struct FrontEnd {
+    messages: Frontend,
+    memory: GuestMemoryMmap<()>,
+    file: File,
+    kicks: Vec<EventFd>,
+    calls: Vec<EventFd>,
+    offered: Vec<u16>,
+    taken: Vec<u16>,
+}
+
+impl FrontEnd {
+    /// A read or write goes on with another descriptor.
+    pub const NEXT: u16 = 1;
+    /// The device writes it.
+    pub const WRITE: u16 = 2;
+    /// It is a table.
+    pub const INDIRECT: u16 = 4;
+    /// The first address past the rings.
+    pub const DATA: u64 = 0x10000;
+    /// Where the two regions touch.
+    pub const SEAM: u64 = REGION;
+
+    /// Connects and negotiates, with all the device's features but for those in `without`; no ring is set up.
+    pub fn connect(socket: &Path, rings: usize, without: u64) -> io::Result<Self> {
+        let mut messages = Frontend::connect(socket, 64).map_err(io::Error::other)?;
+        let file: File = memfd_create("guest", MemfdFlags::CLOEXEC)?.into();
+        file.set_len(2 * REGION)?;
+        let whole = (GuestAddress(0), 2 * REGION as usize, Some(FileOffset::new(file.try_clone()?, 0)));
+        let memory = GuestMemoryMmap::from_ranges_with_files([whole]).map_err(io::Error::other)?;
+        let negotiate = |messages: &mut Frontend| -> vhost::Result<()> {
+            messages.set_owner()?;
+            let features = messages.get_features()? & !without;
+            messages.set_features(features)?;
+            let offered = messages.get_protocol_features()?;
+            messages.set_protocol_features(offered & !VhostUserProtocolFeatures::LOG_SHMFD)?;
+            messages.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+            assert_eq!(features & (PROTOCOL_FEATURES | VERSION_1), PROTOCOL_FEATURES | VERSION_1);
+            Ok(())
+        };
+        negotiate(&mut messages).map_err(io::Error::other)?;
+        let events = || (0..rings).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>();
+        let (kicks, calls) = (events()?, events()?);
+        let zeroes = vec![0; rings];
+        Ok(Self { messages, memory, file, kicks, calls, offered: zeroes.clone(), taken: zeroes })
+    }
+
+    /// Sends the memory table: both regions, or only the first.
+    pub fn set_memory(&mut self, regions: u64) -> vhost::Result<()> {
+        let base = self.base();
+        let table: Vec<_> = (0..regions)
+            .map(|index| VhostUserMemoryRegionInfo {
+                guest_phys_addr: index * REGION,
+                memory_size: REGION,
+                userspace_addr: base + index * REGION,
+                mmap_offset: index * REGION,
+                mmap_handle: self.file.as_raw_fd(),
+            })
+            .collect();
+        self.messages.set_mem_table(&table).map(drop)
+    }
+
+    /// Where the memory is in this process; the front-end's addresses are made of it.
+    fn base(&self) -> u64 {
+        let slices = self.memory.get_slices(GuestAddress(0), 1, Permissions::Read);
+        let first = slices.ok().and_then(|mut slices| slices.next()?.ok());
+        first.map_or(0, |slice| slice.ptr_guard().as_ptr().addr() as u64)
+    }
+
+    /// Sets up ring `ring` from where it was left, and enables it.
+    pub fn start(&mut self, ring: usize) -> vhost::Result<()> {
+        let base = self.base();
+        let at = base + ring as u64 * RING_STRIDE;
+        self.messages.set_vring_num(ring, SIZE)?;
+        self.messages.set_vring_base(ring, self.offered[ring])?;
+        let config = VringConfigData {
+            queue_max_size: SIZE,
+            queue_size: SIZE,
+            flags: 0,
+            desc_table_addr: at,
+            avail_ring_addr: at + 0x1000,
+            used_ring_addr: at + 0x2000,
+            log_addr: None,
+        };
+        self.messages.set_vring_addr(ring, &config)?;
+        self.messages.set_vring_call(ring, &self.calls[ring])?;
+        self.messages.set_vring_kick(ring, &self.kicks[ring])?;
+        self.messages.set_vring_enable(ring, true)
+    }
+
+    /// Stops ring `ring`, and returns the next available index that the device would take.
+    pub fn stop(&mut self, ring: usize) -> vhost::Result<u32> {
+        self.messages.get_vring_base(ring)
+    }
+
+    /// The other messages.
+    pub fn messages(&mut self) -> &mut Frontend {
+        &mut self.messages
+    }
+
+    /// So many bytes of the configuration space.
+    pub fn config(&mut self, offset: u32, size: u32) -> vhost::Result<Vec<u8>> {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        Ok(self.messages.get_config(offset, size, flags, &vec![0; size as usize])?.1)
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemoryMmap<()> {
+        &self.memory
+    }
+
+    /// Writes the header of a request.
+    pub fn header(&self, addr: u64, kind: u32, sector: u64) {
+        let mut bytes = [0; 16];
+        bytes[..4].copy_from_slice(&kind.to_le_bytes());
+        bytes[8..].copy_from_slice(&sector.to_le_bytes());
+        self.memory.write_slice(&bytes, GuestAddress(addr)).unwrap();
+    }
+
+    /// Writes descriptors from `first` on into a table: ring `ring`'s own, or one at `table`.
+    pub fn descriptors(&self, table: u64, first: u16, descriptors: &[Desc]) {
+        for (index, (addr, len, flags, next)) in descriptors.iter().enumerate() {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&addr.to_le_bytes());
+            bytes[8..12].copy_from_slice(&len.to_le_bytes());
+            bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+            bytes[14..].copy_from_slice(&next.to_le_bytes());
+            let at = table + 16 * (u64::from(first) + index as u64);
+            self.memory.write_slice(&bytes, GuestAddress(at)).unwrap();
+        }
+    }
+
+    /// The address of ring `ring`'s table.
+    pub fn table(ring: usize) -> u64 {
+        ring as u64 * RING_STRIDE
+    }
+
+    /// Offers the chain at `head`, and kicks.
+    pub fn offer(&mut self, ring: usize, head: u16) {
+        let avail = Self::table(ring) + 0x1000;
+        let slot = u64::from(self.offered[ring] % SIZE);
+        self.memory.write_obj(head, GuestAddress(avail + 4 + 2 * slot)).unwrap();
+        self.offered[ring] = self.offered[ring].wrapping_add(1);
+        self.set_offered(ring, self.offered[ring]);
+    }
+
+    /// Takes back what was offered and not taken, on every ring; they are stopped.
+    pub fn rewind(&mut self) {
+        self.offered.clone_from(&self.taken);
+    }
+
+    /// Writes the available index as it is given, and kicks.
+    pub fn set_offered(&self, ring: usize, index: u16) {
+        let avail = Self::table(ring) + 0x1000;
+        self.memory.store(index, GuestAddress(avail + 2), std::sync::atomic::Ordering::Release).unwrap();
+        self.kicks[ring].write(1).unwrap();
+    }
+
+    /// The next used entry (head and length), if there is one within `timeout`.
+    pub fn used(&mut self, ring: usize, timeout: Duration) -> Option<(u32, u32)> {
+        let (used, deadline) = (Self::table(ring) + 0x2000, Instant::now() + timeout);
+        loop {
+            let acquire = std::sync::atomic::Ordering::Acquire;
+            let index: u16 = self.memory.load(GuestAddress(used + 2), acquire).unwrap();
+            if index != self.taken[ring] {
+                let slot = u64::from(self.taken[ring] % SIZE);
+                self.taken[ring] = self.taken[ring].wrapping_add(1);
+                let entry: [u32; 2] = self.memory.read_obj(GuestAddress(used + 4 + 8 * slot)).unwrap();
+                return Some((entry[0], entry[1]));
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
