@@ -35,7 +35,10 @@ fn lvm(volume: &Volume<'_>) -> Result<Option<Finding>> {
             label.has(0, b"LABELONE") && label.le64(8) == sector && label.has(24, b"LVM2 001")
         });
         if is_label {
-            return Ok(opaque(FsKind::Lvm, "a physical volume of LVM, its logical volumes are not looked into"));
+            return Ok(opaque(
+                FsKind::Lvm,
+                "a physical volume of LVM, its logical volumes are not looked into",
+            ));
         }
     }
     Ok(None)

@@ -74,7 +74,8 @@ fn width(boot: &Block) -> Option<Width> {
         return None;
     }
     let root_sectors = (u64::from(boot.le16(ROOT_ENTRIES)) * 32).div_ceil(sector);
-    let before = u64::from(boot.le16(RESERVED_SECTORS)) + u64::from(boot.u8(FATS)) * fat_sectors + root_sectors;
+    let before =
+        u64::from(boot.le16(RESERVED_SECTORS)) + u64::from(boot.u8(FATS)) * fat_sectors + root_sectors;
     let clusters = sectors.checked_sub(before)? / cluster;
     // Linux, like Windows, takes the missing 16-bit length for FAT32, however few clusters there are.
     match (boot.le16(FAT_SECTORS_16), clusters) {

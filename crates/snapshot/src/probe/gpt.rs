@@ -40,7 +40,9 @@ pub(super) fn read(disk: &Volume<'_>) -> Result<Table> {
         let complaint = "a protective MBR, but neither copy of the GPT is valid";
         return Ok(Table { complaint: Some(complaint.into()), ..Table::default() });
     };
-    table.complaint.get_or_insert_with(|| "the first copy of the GPT is not valid, the second was used".into());
+    table
+        .complaint
+        .get_or_insert_with(|| "the first copy of the GPT is not valid, the second was used".into());
     Ok(table)
 }
 

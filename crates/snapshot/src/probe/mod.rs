@@ -93,7 +93,8 @@ fn examine_partition(disk: &Volume<'_>, partition: &Partition) -> Result<Finding
 /// not for us to say which is in use.
 fn examine(volume: &Volume<'_>) -> Result<Finding> {
     let mut found = Vec::new();
-    for probe in [container::probe, xfs::probe, btrfs::probe, ext::probe, ntfs::probe, fat::probe, ufs::probe] {
+    for probe in [container::probe, xfs::probe, btrfs::probe, ext::probe, ntfs::probe, fat::probe, ufs::probe]
+    {
         found.extend(probe(volume)?);
     }
     if found.len() > 1 {

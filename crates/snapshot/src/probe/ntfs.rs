@@ -62,8 +62,9 @@ pub(super) fn probe(volume: &Volume<'_>) -> Result<Option<Finding>> {
     let Some(record) = layout.record(volume, VOLUME)? else {
         return Ok(Some(unknown("the MFT record of $Volume is not readable")));
     };
-    let label = attribute(&record, VOLUME_NAME)
-        .and_then(|name| name.label_utf16(usize::from(name.le16(VALUE_OFFSET)), name.le32(VALUE_LENGTH) as usize));
+    let label = attribute(&record, VOLUME_NAME).and_then(|name| {
+        name.label_utf16(usize::from(name.le16(VALUE_OFFSET)), name.le32(VALUE_LENGTH) as usize)
+    });
     let Some(information) = attribute(&record, VOLUME_INFORMATION) else {
         return Ok(Some(unknown("$Volume has no flags").labelled(label)));
     };

@@ -7,8 +7,11 @@ use block::{RawDisk, Storage};
 
 use super::*;
 
+/// Places on a disk, and the bytes there.
+type Parts<'a> = &'a [(usize, &'a [u8])];
+
 /// A disk of 256 KiB with these bytes at these places.
-fn disk(parts: &[(usize, &[u8])]) -> RawDisk {
+fn disk(parts: Parts<'_>) -> RawDisk {
     let mut bytes = vec![0; 256 << 10];
     for (at, part) in parts {
         bytes[*at..*at + part.len()].copy_from_slice(part);
@@ -16,7 +19,7 @@ fn disk(parts: &[(usize, &[u8])]) -> RawDisk {
     RawDisk::new(Arc::new(MemStorage::from(bytes)), true).unwrap()
 }
 
-fn only(parts: &[(usize, &[u8])]) -> FsVerdict {
+fn only(parts: Parts<'_>) -> FsVerdict {
     let verdicts = probe(&disk(parts)).unwrap();
     assert_eq!(verdicts.len(), 1, "{verdicts:?}");
     verdicts[0].clone()
@@ -25,7 +28,7 @@ fn only(parts: &[(usize, &[u8])]) -> FsVerdict {
 #[test]
 fn layers_in_between_are_named_and_not_looked_into() {
     let md = [0xfc, 0x4e, 0x2b, 0xa9, 1, 0, 0, 0];
-    let cases: [(FsKind, &[(usize, &[u8])]); 8] = [
+    let cases: [(FsKind, Parts<'_>); 8] = [
         (FsKind::Lvm, &[(512, b"LABELONE\x01\0\0\0\0\0\0\0"), (536, b"LVM2 001")]),
         (FsKind::Luks, &[(0, b"LUKS\xba\xbe\0\x02")]),
         (FsKind::MdRaid, &[(0, &md)]),

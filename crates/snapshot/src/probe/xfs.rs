@@ -60,7 +60,9 @@ fn judge(volume: &Volume<'_>, block: &Block) -> Result<(Verdict, String)> {
              (xfs_repair -n calls it dirty all the same)",
         ),
         Log::Pending => (Verdict::Replay, "the log holds transactions to be replayed"),
-        Log::Unsettled => (Verdict::Replay, "the log ends within a write, recovery finds its last whole record"),
+        Log::Unsettled => {
+            (Verdict::Replay, "the log ends within a write, recovery finds its last whole record")
+        }
         Log::Foreign => {
             (Verdict::Unknown, "the log was written by a machine of another byte order, which must replay it")
         }

@@ -171,7 +171,9 @@ impl Ring<'_> {
         let mut left = count.min(MAX_COVERED_BLOCKS);
         while left > 0 {
             let step = left.min(self.blocks - at).min((LONGEST_READ / BLOCK) as u64);
-            let Some(part) = self.volume.read(at * BLOCK as u64, step as usize * BLOCK)? else { return Ok(None) };
+            let Some(part) = self.volume.read(at * BLOCK as u64, step as usize * BLOCK)? else {
+                return Ok(None);
+            };
             bytes.extend(part.0);
             left -= step;
             at = self.after(at, step);
