@@ -48,4 +48,4 @@ pub mod testing;
 mod throttle;
 
 pub use server::{MAX_CLIENTS, Server};
-pub use service::{DaemonStatus, DiskProbe, Service, Verdict, VolumeProbe};
+pub use service::{DaemonStatus, Service};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use block::Result;
 use serde::{Deserialize, Serialize};
-use snapshot::{CreateRequest, DiskStatus, FreezeOwner, ImageFormat, SnapshotRecord};
+use snapshot::{CreateRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, SnapshotRecord};
 
 /// The daemon, as its clients see it. Every method may be called from several threads at once and may take its time:
 /// it holds up only the client that asked.
@@ -85,42 +85,4 @@ pub struct DaemonStatus {
     pub prepared: Option<String>,
     /// How many snapshots there are.
     pub snapshots: u64,
-}
-
-/// What the probe found on one disk of a snapshot.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct DiskProbe {
-    /// The disk's id.
-    pub id: String,
-    /// The volumes found, in the order of their offsets.
-    pub volumes: Vec<VolumeProbe>,
-}
-
-/// A volume on a disk and its state.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct VolumeProbe {
-    /// Its first byte on the disk.
-    pub offset: u64,
-    /// Its length in bytes.
-    pub length: u64,
-    /// What it holds: `ext4`, `xfs`, `lvm`, and so on.
-    pub content: String,
-    /// The verdict.
-    pub verdict: Verdict,
-    /// What the verdict rests on, in words.
-    pub reason: String,
-}
-
-/// Whether a file system can be used as it is.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Verdict {
-    /// It says that it is clean.
-    Clean,
-    /// Its journal has to be replayed, or it has to be checked.
-    NeedsReplay,
-    /// The probe cannot know.
-    Unknown,
 }

@@ -6,12 +6,14 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use block::{Error, ErrorKind, Result};
+use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
-    CreateRequest, DiskStatus, Event, FreezeOwner, Grade, ImageFormat, SnapshotDisk, SnapshotRecord, Timing,
+    CreateRequest, DiskProbe, DiskStatus, Event, FreezeOwner, Grade, ImageFormat, SnapshotDisk,
+    SnapshotRecord, Timing,
 };
 use time::OffsetDateTime;
 
-use crate::{DaemonStatus, DiskProbe, Service, Verdict, VolumeProbe};
+use crate::{DaemonStatus, Service};
 
 /// One disk, `vda`, and a list of snapshots. A snapshot named `slow` is taken only once [`Fake::go_on`] is called,
 /// one named `panic` panics.
@@ -152,12 +154,16 @@ impl Service for Fake {
 
     fn probe(&self, name: &str) -> Result<Vec<DiskProbe>> {
         self.show(name)?;
-        let volume = VolumeProbe {
+        let volume = FsVerdict {
+            partition: Some(1),
+            name: None,
+            label: None,
             offset: 1 << 20,
-            length: 1 << 30,
-            content: "ext4".to_owned(),
+            size: 1 << 30,
+            kind: FsKind::Ext4,
             verdict: Verdict::Clean,
-            reason: "needs_recovery is not set".to_owned(),
+            detail: "needs_recovery is not set".to_owned(),
+            unknowable: FsKind::Ext4.unknowable().to_owned(),
         };
         Ok(vec![DiskProbe { id: "vda".to_owned(), volumes: vec![volume] }])
     }

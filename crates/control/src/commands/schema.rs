@@ -45,7 +45,7 @@ fn conforms(of: &Value, value: &Value, place: &str) {
     let builtin = match name {
         "str" => Some(value.is_string()),
         "bool" => Some(value.is_boolean()),
-        "uint64" => Some(value.is_u64()),
+        "uint32" | "uint64" => Some(value.is_u64()),
         "number" => Some(value.is_number()),
         _ => None,
     };
