@@ -1,9 +1,9 @@
 //! Answers as people read them.
 
 use comfy_table::{CellAlignment, Table, presets};
-use control::{DaemonStatus, DiskProbe, Verdict};
-use serde::Deserialize;
-use snapshot::{DiskStatus, Grade, SnapshotRecord, Timing};
+use control::DaemonStatus;
+use serde::{Deserialize, Serialize};
+use snapshot::{DiskProbe, DiskStatus, Grade, SnapshotRecord, Timing};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -94,22 +94,24 @@ pub(super) fn snapshot(shown: &Shown) -> String {
 fn volumes(probe: &[DiskProbe]) -> String {
     let rows = probe.iter().flat_map(|disk| {
         disk.volumes.iter().map(|volume| {
-            let verdict = match volume.verdict {
-                Verdict::Clean => "clean",
-                Verdict::NeedsReplay => "needs replay",
-                Verdict::Unknown => "unknown",
-            };
+            let number = volume.partition.map_or_else(|| "-".to_owned(), |number| number.to_string());
             vec![
                 disk.id.clone(),
-                bytes(volume.offset),
-                bytes(volume.length),
-                volume.content.clone(),
-                verdict.to_owned(),
-                volume.reason.clone(),
+                number,
+                bytes(volume.size),
+                word(&volume.kind),
+                word(&volume.verdict),
+                volume.detail.clone(),
             ]
         })
     });
-    table(&["DISK", "AT", "SIZE", "CONTENT", "PROBE", "WHY"], rows, &[1, 2])
+    table(&["DISK", "PART", "SIZE", "CONTENT", "PROBE", "WHY"], rows, &[1, 2])
+}
+
+/// An enumerated value as QMP spells it.
+fn word(value: &impl Serialize) -> String {
+    let spelled = serde_json::to_value(value).ok();
+    spelled.and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 /// `frazil status`.

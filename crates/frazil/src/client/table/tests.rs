@@ -46,7 +46,8 @@ tuesday-noon  2026-11-22T08:07:31Z  crash             -  540 µs  1.00 ms  vda,v
 fn a_snapshot_is_shown_with_images_steps_and_probe() {
     let mut shown = record();
     shown["probe"] = json!([{ "id": "vda", "volumes": [{
-        "offset": 1 << 20, "length": 1 << 30, "content": "ext4", "verdict": "needs-replay", "reason": "needs_recovery",
+        "partition": 1, "offset": 1 << 20, "size": 1 << 30, "kind": "ext4", "verdict": "replay",
+        "detail": "needs_recovery", "unknowable": "",
     }] }]);
     let expected = "\
 name       monday
@@ -74,8 +75,8 @@ gate closed in all     540 µs
 guest frozen in all   25.2 ms
 longest request wait  1.00 ms
 
-DISK     AT   SIZE  CONTENT  PROBE         WHY
-vda   1 MiB  1 GiB  ext4     needs replay  needs_recovery
+DISK  PART   SIZE  CONTENT  PROBE   WHY
+vda      1  1 GiB  ext4     replay  needs_recovery
 ";
     assert_eq!(snapshot(&decoded(shown)), expected);
 }
