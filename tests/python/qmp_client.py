@@ -14,7 +14,7 @@ async def fails(client: QMPClient, error_class: str, desc: str, command: str, ar
     try:
         await client.execute(command, arguments)
     except ExecuteError as error:
-        found = (error.error_class, error.error.desc)
+        found = (error.error_class, str(error))
         assert found == (error_class, desc), found
     else:
         raise AssertionError(f"{command} {arguments} did not fail")

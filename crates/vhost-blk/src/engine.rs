@@ -123,7 +123,7 @@ impl Engine {
         match slot.op.unwrap_or(Op::Refuse(Status::IoError)) {
             Op::Refuse(status) => self.finish(index, slot, status),
             Op::Id => {
-                let copied = slot.buffer.copy_from(0..usize::MAX, &self.serial);
+                let copied = slot.buffer.copy_from(&self.serial);
                 slot.written = copied as u32;
                 self.finish(index, slot, Status::Ok);
             }

@@ -130,10 +130,10 @@ impl GuestBuffer {
         }
     }
 
-    /// Copies as many of `bytes` as fit to the memory of `range`, and returns how many.
-    pub(crate) fn copy_from(&mut self, range: Range<usize>, bytes: &[u8]) -> usize {
+    /// Copies as many of `bytes` as fit to the front of the memory, and returns how many.
+    pub(crate) fn copy_from(&mut self, bytes: &[u8]) -> usize {
         let mut rest = bytes;
-        for found in self.part(range) {
+        for found in &self.iovecs {
             let (now, after) = rest.split_at(rest.len().min(found.iov_len));
             // SAFETY: the iovec names at least that much mapped memory, and `bytes` is not guest memory.
             unsafe { ptr::copy_nonoverlapping(now.as_ptr(), found.iov_base.cast::<u8>(), now.len()) };
