@@ -139,17 +139,20 @@ impl Refcounts {
         !self.unlinked.is_empty()
     }
 
-    /// Writes the table entries of new blocks, whose contents must be on stable storage by now.
-    pub(crate) fn link_blocks(&self, storage: &dyn Storage) -> Result<()> {
-        for &index in &self.unlinked {
-            let at = self.table.get(index).copied().unwrap_or_default();
-            storage.write_at(&at.to_be_bytes(), self.at.0 + index as u64 * 8)?;
-        }
-        Ok(())
+    /// Writes the table entry of one new block, whose contents must be on stable storage by now.
+    ///
+    /// One at a time, the last one first: a block is taken after the first cluster that it counts, so what counts the
+    /// block itself is the same block or a later one, and that has to be named before it.
+    pub(crate) fn link_block(&self, storage: &dyn Storage) -> Result<()> {
+        let Some(&index) = self.unlinked.last() else { return Ok(()) };
+        let at = self.table.get(index).copied().unwrap_or_default();
+        storage
+            .write_at(&at.to_be_bytes(), self.at.0 + index as u64 * 8)
+            .context(|| "write the refcount table")
     }
 
-    /// The new entries are on stable storage.
-    pub(crate) fn blocks_linked(&mut self) {
-        self.unlinked.clear();
+    /// The entry written last is on stable storage.
+    pub(crate) fn block_linked(&mut self) {
+        self.unlinked.pop_last();
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   take batch ─▶ refcounts, new L2 tables ─▶ SYNC ─▶ L2 entries, L1 entries ─▶ SYNC ─▶ journal half dropped
-//!                                              └─▶ (new refcount blocks: refcount table ─▶ SYNC) ─┘
+//!                                              └─▶ (each new refcount block: refcount table ─▶ SYNC) ─┘
 //! ```
 //!
 //! The first sync also makes the batch's *data* durable: it was written before it was published. What is published
@@ -64,7 +64,7 @@ enum Stage {
     Waiting,
     /// Refcounts and new L2 tables.
     Refcounts,
-    /// The refcount table.
+    /// An entry of the refcount table, for a new block.
     RefcountTable,
     /// L2 and L1 entries; or there was nothing but data.
     Mapping,
@@ -86,19 +86,18 @@ impl ImageFlush {
         }
         let image = Arc::clone(&self.image);
         let Some(work) = self.work.as_deref_mut() else { return Poll::Ready(Ok(FlushStep::Done)) };
+        if matches!(self.stage, Stage::RefcountTable) {
+            work.refcounts.block_linked();
+        }
         let next = match self.stage {
             Stage::Waiting => {
                 work.take_batch(writer);
                 work.write_refcounts(&image, writer).map(|()| Stage::Refcounts)
             }
-            Stage::Refcounts if work.refcounts.has_unlinked() => {
-                work.refcounts.link_blocks(&*image.storage).map(|()| Stage::RefcountTable)
+            Stage::Refcounts | Stage::RefcountTable if work.refcounts.has_unlinked() => {
+                work.refcounts.link_block(&*image.storage).map(|()| Stage::RefcountTable)
             }
-            Stage::Refcounts => work.write_mapping(&image).map(|()| Stage::Mapping),
-            Stage::RefcountTable => {
-                work.refcounts.blocks_linked();
-                work.write_mapping(&image).map(|()| Stage::Mapping)
-            }
+            Stage::Refcounts | Stage::RefcountTable => work.write_mapping(&image).map(|()| Stage::Mapping),
             Stage::Mapping => {
                 let settled = work.settle(&image, writer);
                 self.end(writer, settled.is_ok());

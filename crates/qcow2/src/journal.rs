@@ -215,7 +215,11 @@ mod tests {
 
     fn records(journal: &Journal) -> Vec<u64> {
         let mut all = Vec::new();
-        journal.replay(|record| Ok(all.push(record.cluster.0))).unwrap();
+        let collect = |record: Record| {
+            all.push(record.cluster.0);
+            Ok(())
+        };
+        journal.replay(collect).unwrap();
         all
     }
 

@@ -33,8 +33,8 @@
 //! # Write ordering
 //!
 //! 1. Data is written (by the caller), then its journal record (page cache), then it is visible, then acknowledged.
-//! 2. A flush writes refcounts and whole new L2 tables; *syncs* (and so the data too); writes a grown refcount table,
-//!    *syncs*; writes L2 and L1 entries; *syncs*; drops the journal's half.
+//! 2. A flush writes refcounts and whole new L2 tables; *syncs* (and so the data too); names each new refcount
+//!    block in the refcount table, the last one first, and *syncs*; writes L2 and L1 entries; *syncs*; drops the journal's half.
 //! 3. So, of tables on stable storage: what an L2 or L1 entry names is there and counted. Refcounts can leak, never be
 //!    short. Only refcounts of clusters that are about to be named are written, so a clean image has no leaks either.
 //! 4. A failed sync is final: the image is latched. A failed *write* of a flush keeps its batch for the next flush.

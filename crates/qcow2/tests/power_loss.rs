@@ -41,7 +41,7 @@ fn small_clusters(storage: &Arc<CrashStorage>) -> Files {
 
 impl World {
     fn new(seed: u64) -> Self {
-        let mut random = Random(seed);
+        let random = Random(seed);
         let mut bytes: Vec<u8> = (0..CAPACITY / 2).map(|at| (at / 512 + 1) as u8).collect();
         bytes.truncate(bytes.len() / SECTOR * SECTOR);
         let mut contents = bytes.clone();
