@@ -1,4 +1,5 @@
 //! The control server against the clients that people use: the package `qemu.qmp` of PyPI and its `qmp-shell`.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
