@@ -12,6 +12,7 @@ help: ## say what there is
 
 .PHONY: demo
 demo: deps build ## boot a real guest, take two snapshots under load, verify them
+	@$(CARGO) build --quiet --release -p frazil-integration
 	@$(CARGO) run --quiet --release -p frazil-integration --bin demo
 
 .PHONY: test
@@ -33,6 +34,7 @@ lint: ## format, clippy, rustdoc, licences and advisories
 
 .PHONY: bench
 bench: deps build ## measure against qemu-storage-daemon on the same file
+	@$(CARGO) build --quiet --release -p frazil-integration
 	@$(CARGO) run --quiet --release -p frazil-integration --bin bench
 
 .PHONY: build

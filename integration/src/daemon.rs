@@ -8,15 +8,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::process::output_of;
-use crate::{Builder, Context, Error, Guest, Process, Qmp, Result, Scratch, eventually, program};
-
-/// A disk of [`Daemon`], as the command line has it.
-#[derive(Clone, Debug)]
-struct Disk {
-    id: String,
-    image: PathBuf,
-    socket: PathBuf,
-}
+use crate::{Builder, Context, Error, Guest, Process, Result, Scratch, eventually, program};
 
 /// What `snapshot create --json` prints, as a script would read it.
 #[derive(Clone, Debug, Deserialize)]
@@ -50,7 +42,8 @@ pub struct Daemon {
     arguments: Vec<String>,
     control: PathBuf,
     log: PathBuf,
-    disks: Vec<Disk>,
+    /// Where the guest connects, a disk each.
+    sockets: Vec<PathBuf>,
     folder: PathBuf,
     process: Process,
 }
@@ -70,7 +63,7 @@ impl Daemon {
         for (option, path) in [("--state", &state), ("--control", &control), ("--agent", &agent)] {
             arguments.extend([option.to_owned(), path.display().to_string()]);
         }
-        let mut disks = Vec::new();
+        let mut sockets = Vec::new();
         for id in ids {
             let image = scratch.sparse_file(&format!("{id}.raw"), Self::DISK_BYTES)?;
             let socket = scratch.path(&format!("{id}.sock"));
@@ -78,10 +71,10 @@ impl Daemon {
             let (path, at) = (image.display(), socket.display());
             arguments.push("--disk".into());
             arguments.push(format!("id={id},path={path},format=raw,socket={at},queues={queues},serial={id}"));
-            disks.push(Disk { id: (*id).to_owned(), image, socket });
+            sockets.push(socket);
         }
         let process = Self::spawn(&arguments, &control, &log)?;
-        Ok(Self { arguments, control, log, disks, folder: scratch.path(""), process })
+        Ok(Self { arguments, control, log, sockets, folder: scratch.path(""), process })
     }
 
     fn spawn(arguments: &[String], control: &Path, log: &Path) -> Result<Process> {
@@ -95,7 +88,7 @@ impl Daemon {
 
     /// Gives a guest all disks of this daemon, in the order of their ids here.
     pub fn attach<'a>(&self, guest: Builder<'a>) -> Builder<'a> {
-        self.disks.iter().fold(guest, |guest, disk| guest.vhost_user_disk(&disk.socket))
+        self.sockets.iter().fold(guest, |guest, socket| guest.vhost_user_disk(socket))
     }
 
     /// `kill -9`, as when the kernel runs out of memory.
@@ -120,19 +113,9 @@ impl Daemon {
         }
     }
 
-    /// The daemon's process id.
-    pub fn id(&self) -> u32 {
-        self.process.id()
-    }
-
     /// The last lines of its log.
     pub fn log_tail(&self) -> String {
         self.process.log_tail()
-    }
-
-    /// A QMP client of its control socket.
-    pub fn qmp(&self) -> Result<Qmp> {
-        Qmp::connect(&self.control)
     }
 
     /// `frazil WORDS… --control SOCK`, to its end; gives what it prints.
@@ -172,10 +155,5 @@ impl Daemon {
         let path = out.display().to_string();
         self.command(&["snapshot", "export", name, "--disk", disk, "--format", "raw", &path])?;
         Ok(out)
-    }
-
-    /// The images that the disks began with.
-    pub fn base_images(&self) -> impl Iterator<Item = (&str, &Path)> {
-        self.disks.iter().map(|disk| (disk.id.as_str(), disk.image.as_path()))
     }
 }

@@ -16,6 +16,8 @@ pub use work::{FileSystem, Kind, Progress};
 
 /// An emulated machine on a busy host is slow, so waits are long; they matter only when something is wrong.
 const BOOT: Duration = Duration::from_secs(90);
+/// Room for some hundreds of MiB of dirty page cache; the host spends only what the guest touches.
+const MEMORY_MIB: u32 = 1024;
 /// The limit of [`Guest::run`].
 const COMMAND: Duration = Duration::from_secs(60);
 
@@ -33,18 +35,10 @@ enum Disk {
 pub struct Builder<'a> {
     scratch: &'a Scratch,
     name: &'a str,
-    memory_mib: u32,
     disks: Vec<Disk>,
 }
 
 impl Builder<'_> {
-    /// The guest's memory; 512 MiB unless set.
-    #[must_use]
-    pub fn memory_mib(mut self, mib: u32) -> Self {
-        self.memory_mib = mib;
-        self
-    }
-
     /// Adds a disk that a vhost-user-blk back-end serves, with one queue per processor of the guest.
     #[must_use]
     pub fn vhost_user_disk(mut self, socket: impl Into<PathBuf>) -> Self {
@@ -89,8 +83,8 @@ impl Builder<'_> {
         }
         add("-machine", "q35,memory-backend=memory".to_owned());
         // A back-end maps the guest's memory, so it is shared. `max` has RDRAND: mkfs need not wait for entropy.
-        add("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory_mib));
-        add("-m", format!("{}M", self.memory_mib));
+        add("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", MEMORY_MIB));
+        add("-m", format!("{}M", MEMORY_MIB));
         add("-cpu", "max".to_owned());
         add("-smp", Guest::PROCESSORS.to_string());
         add("-kernel", image.kernel.display().to_string());
@@ -150,7 +144,7 @@ impl Guest {
 
     /// A guest named `name`; its sockets and logs go to `scratch` under that name.
     pub fn builder<'a>(scratch: &'a Scratch, name: &'a str) -> Builder<'a> {
-        Builder { scratch, name, memory_mib: 512, disks: Vec::new() }
+        Builder { scratch, name, disks: Vec::new() }
     }
 
     /// Where a guest of that name has its agent's socket, so that a daemon can be told before the guest boots.

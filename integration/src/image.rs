@@ -73,7 +73,11 @@ fn program_folder() -> Result<PathBuf> {
 /// A program of this build.
 pub fn program(name: &str) -> Result<PathBuf> {
     let path = program_folder()?.join(name);
-    if path.is_file() { Ok(path) } else { Err(Error::new(format!("{} is not built", path.display()))) }
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err(Error::new(format!("{} is not built: run `make test` or `cargo build`", path.display())))
+    }
 }
 
 /// Where everything in the guest comes from: path in the guest, path here.

@@ -40,11 +40,6 @@ impl Process {
         Ok(Self { child, name, log })
     }
 
-    /// The program's process id.
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// The last lines that the program wrote.
     pub fn log_tail(&self) -> String {
         tail(&self.log)
@@ -69,7 +64,9 @@ impl Process {
 
     /// Asks the program to end (SIGTERM).
     pub fn terminate(&self) -> Result<()> {
-        self.signal(Signal::TERM)
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or_else(|| Error::new("process id out of range"))?;
+        kill_process(pid, Signal::TERM).context(&self.name)
     }
 
     /// Stops the program as `kill -9` does, and waits for its end.
@@ -77,12 +74,6 @@ impl Process {
         self.child.kill().context(&self.name)?;
         self.child.wait().context(&self.name)?;
         Ok(())
-    }
-
-    fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| Error::new("process id out of range"))?;
-        kill_process(pid, signal).context(&self.name)
     }
 }
 

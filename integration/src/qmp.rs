@@ -7,18 +7,17 @@ use serde_json::{Value, json};
 
 use crate::{Context, Error, Result};
 
-/// A QMP client, small and blocking: for QEMU's own monitor and for Frazil's control socket.
+/// A small, blocking QMP client for QEMU's own monitor.
 #[derive(Debug)]
 pub struct Qmp {
     reader: BufReader<UnixStream>,
-    events: Vec<Value>,
 }
 
 impl Qmp {
-    /// Connects, reads the greeting and leaves the negotiation.
+    /// Connects and negotiates.
     pub fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).context(socket.display())?;
-        let mut qmp = Self { reader: BufReader::new(stream), events: Vec::new() };
+        let mut qmp = Self { reader: BufReader::new(stream) };
         let greeting = qmp.read(Duration::from_secs(10))?;
         if greeting.get("QMP").is_none() {
             return Err(Error::new(format!("not a QMP greeting: {greeting}")));
@@ -40,23 +39,7 @@ impl Qmp {
             if let Some(error) = message.get("error") {
                 return Err(Error::new(format!("{command}: {error}")));
             }
-            self.events.push(message);
-        }
-    }
-
-    /// Waits for an event that `wanted` accepts; those that came before it are dropped.
-    pub fn event(&mut self, limit: Duration, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
-        let deadline = Instant::now() + limit;
-        for event in std::mem::take(&mut self.events) {
-            if wanted(&event) {
-                return Ok(event);
-            }
-        }
-        loop {
-            let message = self.read(deadline.saturating_duration_since(Instant::now()))?;
-            if wanted(&message) {
-                return Ok(message);
-            }
+            // Anything else is an event.
         }
     }
 

@@ -43,39 +43,54 @@ pub fn verify(
     snapshot: &Snapshot,
     expected: &[Expectation],
 ) -> Result<Vec<String>> {
-    let frozen = snapshot.grade == "filesystem";
     let mut exports = Vec::new();
-    let second_name = format!("{}-second", snapshot.name);
-    let mut second = Guest::builder(scratch, &second_name);
     for expectation in expected {
-        let export = daemon.export(&snapshot.name, &expectation.disk)?;
+        exports.push(daemon.export(&snapshot.name, &expectation.disk)?);
+    }
+    let verdicts =
+        verify_images(scratch, &snapshot.name, snapshot.grade == "filesystem", expected, &exports)?;
+    for export in exports {
+        std::fs::remove_file(&export).context(export.display())?;
+    }
+    Ok(verdicts)
+}
+
+/// Proves raw images, one for each expectation; they are changed by the replay.
+fn verify_images(
+    scratch: &Scratch,
+    name: &str,
+    frozen: bool,
+    expected: &[Expectation],
+    images: &[PathBuf],
+) -> Result<Vec<String>> {
+    let second_name = format!("{name}-second");
+    let mut second = Guest::builder(scratch, &second_name);
+    for (expectation, image) in expected.iter().zip(images) {
         if frozen && expectation.file_system != FileSystem::Xfs {
-            check_image(expectation.file_system, &export)?;
+            check_image(expectation.file_system, image)?;
         }
-        second = second.image_disk(&export, "raw");
-        exports.push(export);
+        second = second.image_disk(image, "raw");
     }
 
     let mut second = second.boot()?;
     for (letter, expectation) in ('a'..='z').zip(expected) {
         check_files(&mut second, &format!("vd{letter}"), expectation, frozen)
-            .context(format!("{} of snapshot {}", expectation.disk, snapshot.name))?;
+            .context(format!("{} of {name}", expectation.disk))?;
     }
     second.shut_down()?;
 
     let mut verdicts = Vec::new();
-    for (expectation, export) in expected.iter().zip(&exports) {
+    for (expectation, image) in expected.iter().zip(images) {
         if expectation.file_system == FileSystem::Vfat {
-            clear_dirty_mark(export)?;
+            clear_dirty_mark(image)?;
         }
-        check_image(expectation.file_system, export)?;
+        check_image(expectation.file_system, image)?;
         let verdict = match (frozen, expectation.file_system) {
             (true, FileSystem::Xfs) => "clean, replay changes nothing",
             (true, _) => "clean",
             (false, _) => "clean after replay",
         };
         verdicts.push(verdict.to_owned());
-        std::fs::remove_file(export).context(export.display())?;
     }
     Ok(verdicts)
 }

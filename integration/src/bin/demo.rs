@@ -30,7 +30,7 @@ fn demo(scratch: &Scratch) -> Result<Table> {
     say("booting a guest on two disks, ext4 and xfs, and starting buffered, direct and mmap writers");
     let mut rig = Rig::start(scratch, &DISKS)?;
     let mut table = Table::new();
-    table.load_preset(NOTHING).set_header([
+    table.load_style(NOTHING).set_header([
         "SNAPSHOT",
         "DISK",
         "FS",
