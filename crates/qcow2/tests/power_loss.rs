@@ -73,6 +73,7 @@ impl World {
 
     /// Flushes step by step, losing power on the way at random: before each sync, and after it.
     fn flush(&mut self) -> Result<(), String> {
+        let flushed = self.history.len() - 1;
         let mut flush = self.image.flush();
         loop {
             let step = blocking(|waker| flush.step(Ok(()), waker)).unwrap();
@@ -82,8 +83,12 @@ impl World {
                 FlushStep::Done => break,
             }
             self.lose_power()?;
+            if self.random.below(2) == 0 {
+                // Published while the flush is under way, and no part of it.
+                self.write();
+            }
         }
-        self.history.drain(..self.history.len() - 1);
+        self.history.drain(..flushed);
         Ok(())
     }
 
