@@ -70,7 +70,8 @@ impl Driver {
         let file: File = memfd_create("driver-data", MemfdFlags::CLOEXEC)?.into();
         file.set_len(bytes as u64)?;
         let fd = file.as_raw_fd();
-        let data = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), bytes).map_err(io::Error::other)?;
+        let data =
+            MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), bytes).map_err(io::Error::other)?;
         inner.map_mem_region(data.as_ptr().addr(), bytes, fd, 0)?;
         let notifiers: Vec<_> = (0..queues).map(|i| inner.get_submission_notifier(i)).collect();
         let completions: Vec<_> = (0..queues).map(|i| inner.get_completion_fd(i)).collect();

@@ -3,6 +3,8 @@
 //! - [`Driver`]: an honest virtio-blk driver over vhost-user, for data and for load.
 //! - [`FrontEnd`]: rings by hand, for messages and for chains that no driver would make.
 
+#![allow(clippy::unwrap_used, reason = "a test's means fail the test")]
+
 mod driver;
 mod front_end;
 mod stats;

@@ -23,7 +23,8 @@ impl ProcessTime {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
         // The name, field 2, may hold anything; what follows its last parenthesis is field 3.
         let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-        let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+        let ticks: u64 =
+            fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
         Ok(Self(Duration::from_millis(ticks * 10)))
     }
 

@@ -218,16 +218,19 @@ impl Worker {
         if !vring.is_enabled() || !vring.get_queue().ready() || self.state.is_closing() {
             return Popped::Blocked;
         }
-        let (queue, hold) = (vring.get_queue_mut(), Arc::clone(&self.hold));
-        let memory: &Memory = &hold;
+        let queue = vring.get_queue_mut();
         let next = Wrapping(queue.next_avail());
-        let waiting = match queue.avail_idx(memory, Ordering::Acquire) {
+        let waiting = match queue.avail_idx::<Memory>(&self.hold, Ordering::Acquire) {
             Ok(offered) => usize::from((offered - next).0),
             Err(error) => return self.broken(&error),
         };
         if waiting == 0 {
             return Popped::Empty;
         }
+        // Only now: these requests may be in memory that was added just before they were offered.
+        self.refresh_memory();
+        let hold = Arc::clone(&self.hold);
+        let memory: &Memory = &hold;
         if let Err(error) = queue.disable_notification(memory) {
             return self.broken(&error);
         }

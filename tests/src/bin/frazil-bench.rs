@@ -76,7 +76,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         let now = Instant::now();
         for (index, status) in back.drain(..) {
             if status != 0 {
-                return Err(format!("a request failed: {}", std::io::Error::from_raw_os_error(-status)).into());
+                return Err(
+                    format!("a request failed: {}", std::io::Error::from_raw_os_error(-status)).into()
+                );
             }
             latencies.push((now - started[index]).as_micros() as u32);
             free.push(index);

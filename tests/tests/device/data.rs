@@ -219,7 +219,9 @@ fn the_serial_is_told() {
     front_end.start(0).unwrap();
     front_end.header(FrontEnd::DATA, 8, 0);
     let id = FrontEnd::DATA + 0x100;
-    for (len, expected) in [(20, &b"frazil-serial-0001\0\0"[..]), (6, b"frazil"), (64, b"frazil-serial-0001\0\0")] {
+    for (len, expected) in
+        [(20, &b"frazil-serial-0001\0\0"[..]), (6, b"frazil"), (64, b"frazil-serial-0001\0\0")]
+    {
         let chain = [
             (FrontEnd::DATA, 16, FrontEnd::NEXT, 1),
             (id, len, FrontEnd::NEXT | FrontEnd::WRITE, 2),
@@ -233,7 +235,10 @@ fn the_serial_is_told() {
         let mut found = vec![0; expected.len()];
         front_end.memory().read_slice(&mut found, GuestAddress(id)).unwrap();
         assert_eq!(found, expected);
-        assert_eq!(front_end.memory().read_obj::<u8>(GuestAddress(id + expected.len() as u64)).unwrap(), 0xff);
+        assert_eq!(
+            front_end.memory().read_obj::<u8>(GuestAddress(id + expected.len() as u64)).unwrap(),
+            0xff
+        );
     }
 }
 

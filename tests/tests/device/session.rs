@@ -79,7 +79,8 @@ fn a_ring_is_stopped_and_goes_on_where_it_was() {
         for ring in 0..2 {
             front_end.start(ring).unwrap();
             front_end.header(FrontEnd::DATA, 4, 0);
-            let chain = [(FrontEnd::DATA, 16, FrontEnd::NEXT, 1), (FrontEnd::DATA + 16, 1, FrontEnd::WRITE, 0)];
+            let chain =
+                [(FrontEnd::DATA, 16, FrontEnd::NEXT, 1), (FrontEnd::DATA + 16, 1, FrontEnd::WRITE, 0)];
             front_end.descriptors(FrontEnd::table(ring), 0, &chain);
             front_end.offer(ring, 0);
             assert_eq!(front_end.used(ring, Duration::from_secs(10)), Some((0, 1)));
