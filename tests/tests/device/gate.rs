@@ -37,7 +37,7 @@ fn nothing_is_in_flight_while_quiesced_and_everything_comes_back() {
                         {
                             next = (next * 5 + 7) % 4096;
                             let offset = next * 4096;
-                            let write = next % 2 == 0;
+                            let write = next.is_multiple_of(2);
                             let request = if write { Request::Write(offset) } else { Request::Read(offset) };
                             queue.queue(index, request).unwrap();
                         }

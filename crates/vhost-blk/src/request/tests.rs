@@ -6,6 +6,8 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::Permissions;
 
+type Desc = (u64, u32, u16, u16);
+
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
@@ -24,7 +26,7 @@ fn memory() -> Memory {
     Memory::from_ranges(&[(GuestAddress(0), 0x18000), (GuestAddress(0x18000), 0x8000)]).unwrap()
 }
 
-fn put(memory: &Memory, table: u64, descriptors: &[(u64, u32, u16, u16)]) {
+fn put(memory: &Memory, table: u64, descriptors: &[Desc]) {
     for (index, &(addr, len, flags, next)) in descriptors.iter().enumerate() {
         let raw = Raw::from(Descriptor::new(addr, len, flags, next));
         memory.write_obj(raw, GuestAddress(table + 16 * index as u64)).unwrap();
@@ -51,7 +53,7 @@ fn read(memory: &Memory) -> (Request, Segments) {
     (segments.read(memory, chain), segments)
 }
 
-fn ask(kind: u32, sector: u64, descriptors: &[(u64, u32, u16, u16)]) -> Request {
+fn ask(kind: u32, sector: u64, descriptors: &[Desc]) -> Request {
     let memory = memory();
     header(&memory, DATA, kind, sector);
     put(&memory, TABLE, descriptors);
@@ -75,7 +77,7 @@ fn a_plain_read_and_a_plain_write() {
 #[test]
 fn chains_without_an_end_are_not_answered() {
     let head = (DATA, 16, NEXT, 1);
-    let tables: &[(&str, &[(u64, u32, u16, u16)])] = &[
+    let tables: &[(&str, &[Desc])] = &[
         ("a loop onto itself", &[(DATA, 16, NEXT, 0)]),
         ("a loop of two", &[head, (DATA + 16, 1, WRITE | NEXT, 0)]),
         ("a writable loop", &[head, (DATA + 0x100, 512, WRITE | NEXT, 1)]),
@@ -158,7 +160,7 @@ fn a_header_across_two_regions_is_read() {
 fn requests_that_make_no_sense_are_answered_with_an_error() {
     let status = (DATA + 0x800, 1, WRITE, 0);
     let data = (DATA + 0x1000, 512, WRITE | NEXT, 2);
-    let tables: &[(&str, u32, u64, &[(u64, u32, u16, u16)])] = &[
+    let tables: &[(&str, u32, u64, &[Desc])] = &[
         ("no data", VIRTIO_BLK_T_IN, 0, &[(DATA, 16, NEXT, 1), status]),
         ("a short header", VIRTIO_BLK_T_IN, 0, &[(DATA, 15, NEXT, 1), data, status]),
         ("no header", VIRTIO_BLK_T_IN, 0, &[(DATA, 512, WRITE | NEXT, 1), status]),
