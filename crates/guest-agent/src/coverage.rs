@@ -27,15 +27,12 @@
 //! cannot see, the grade cannot speak of: ZFS, other mount namespaces, raw users of a device.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::fmt;
 
 use serde::Deserialize;
 
-use crate::session::{AgentInfo, Thawed};
-use crate::text::{list, quote};
-
-/// How long VSS holds writes before it lets go on its own (QEMU: `qga/vss-win32/requester.cpp`).
-const VSS_LIMIT: Duration = Duration::from_secs(10);
+use crate::session::AgentInfo;
+use crate::text::quote;
 
 /// A virtio-blk serial has at most so many bytes (virtio 1.2, 5.2.6); the guest sees no more of it.
 const SERIAL_MAX: usize = 20;
@@ -98,22 +95,7 @@ pub enum Means {
 pub struct Coverage {
     targets: Vec<Target>,
     means: Means,
-    limit: Option<Duration>,
-}
-
-/// Whether the file systems are clean, and why or why not, in words for the snapshot's record.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Verdict {
-    /// Grade `filesystem` is deserved.
-    pub whole: bool,
-    /// Why, or why not.
-    pub reason: String,
-}
-
-impl Verdict {
-    fn crash(reason: String) -> Self {
-        Self { whole: false, reason }
-    }
+    windows: bool,
 }
 
 /// What to freeze, given all that is mounted. Ask for `mounts` just before the freeze: it is a race with `mount`.
@@ -152,7 +134,7 @@ pub fn coverage(info: &AgentInfo, mounts: &[FileSystem], serials: Option<&[Strin
             kind: mount.kind.clone(),
         })
         .collect();
-    Coverage { targets, means, limit: windows.then_some(VSS_LIMIT) }
+    Coverage { targets, means, windows }
 }
 
 /// As much of a serial as a virtio-blk disk shows.
@@ -207,70 +189,14 @@ impl Coverage {
         self.targets.iter().map(|target| target.mountpoint.as_str())
     }
 
-    /// How long the guest holds a freeze before it thaws itself, if it does: 10 s on Windows, counted inside the guest.
-    pub fn limit(&self) -> Option<Duration> {
-        self.limit
+    /// Whether it is a Windows guest, whose VSS flushes by itself, and ends a freeze after 10 s.
+    pub fn is_windows(&self) -> bool {
+        self.windows
     }
 
-    /// What a freeze that counted `frozen` is worth, so far.
-    pub fn judge_freeze(&self, frozen: u64) -> Verdict {
-        let wanted = self.targets.len();
-        if wanted == 0 {
-            return Verdict::crash(
-                "the agent names no mounted file system to freeze on these disks".to_owned(),
-            );
-        }
-        let wanted = u64::try_from(wanted).unwrap_or(u64::MAX);
-        if frozen == wanted {
-            return Verdict { whole: true, reason: format!("all {wanted} mounted file systems were frozen") };
-        }
-        if frozen > wanted {
-            return Verdict::crash(format!(
-                "the agent froze {frozen} file systems, but named {wanted} before: mounts have changed meanwhile"
-            ));
-        }
-        let suspects: Vec<String> = self.suspects().map(Target::describe).collect();
-        let why = if suspects.is_empty() {
-            let all: Vec<String> = self.targets.iter().map(Target::describe).collect();
-            let all = list(all.iter().map(String::as_str));
-            format!("one of {all} was unmounted, hidden by another mount, or frozen by somebody else")
-        } else {
-            format!("no freeze support known for {}", list(suspects.iter().map(String::as_str)))
-        };
-        Verdict::crash(format!("the agent froze {frozen} of {wanted} file systems; {why}"))
-    }
-
-    /// What the whole of it is worth: frozen `frozen`, held for `held`, then `thawed`.
-    ///
-    /// `held` runs from the freeze's reply to the drained gate. (What VSS needs to get there is not part of its limit;
-    /// had it given up in between, the thaw's complaint says so.)
-    pub fn grade(&self, frozen: u64, held: Duration, thawed: &Thawed) -> Verdict {
-        let verdict = self.judge_freeze(frozen);
-        if !verdict.whole {
-            return verdict;
-        }
-        if let Some(limit) = self.limit.filter(|limit| held >= *limit) {
-            let (held, limit) = (held.as_millis(), limit.as_millis());
-            return Verdict::crash(format!(
-                "frozen for {held} ms, but this guest holds writes for no more than {limit} ms"
-            ));
-        }
-        if let Some(complaint) = &thawed.complaint {
-            return Verdict::crash(format!(
-                "the thaw was not clean, so the freeze may have ended early: {complaint}"
-            ));
-        }
-        if thawed.count != frozen {
-            let count = thawed.count;
-            return Verdict::crash(format!(
-                "{frozen} file systems were frozen but {count} thawed: somebody else has frozen or thawed meanwhile"
-            ));
-        }
-        verdict
-    }
-
-    fn suspects(&self) -> impl Iterator<Item = &Target> {
-        let windows = self.limit.is_some();
+    /// Those without known freeze support, which make the count short.
+    pub fn unfreezable(&self) -> impl Iterator<Item = &Target> {
+        let windows = self.windows;
         self.targets.iter().filter(move |target| {
             let kind = target.kind.as_str();
             if windows { !matches!(kind, "NTFS" | "ReFS" | "CSVFS") } else { !FREEZABLE.contains(&kind) }
@@ -278,9 +204,9 @@ impl Coverage {
     }
 }
 
-impl Target {
-    fn describe(&self) -> String {
-        format!("{} ({}, {})", quote(&self.mountpoint), quote(&self.kind), quote(&self.name))
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}, {})", quote(&self.mountpoint), quote(&self.kind), quote(&self.name))
     }
 }
 

@@ -15,7 +15,7 @@
 //! the first question to the confirmed thaw, as opening another costs about 100 ms. One snapshot is:
 //!
 //! ```text
-//! connect ─ info ─ file_systems ─ (coverage) ─ pre_sync ─ freeze ─ …the cut… ─ thaw ─ (Coverage::grade) ─ drop
+//! connect ─ info ─ file_systems ─ (coverage) ─ pre_sync ─ freeze ─ …the cut… ─ thaw ─ drop
 //! ```
 //!
 //! `file_systems` and `pre_sync` must come before `freeze`: a frozen agent answers only ping, info, sync, status, thaw.
@@ -51,7 +51,7 @@ mod pre_sync;
 mod session;
 mod text;
 
-pub use coverage::{Coverage, DiskAddress, FileSystem, Means, Target, Verdict, coverage};
+pub use coverage::{Coverage, DiskAddress, FileSystem, Means, Target, coverage};
 pub use error::AgentError;
 pub use link::REPLY_MAX;
 pub use pre_sync::{PreSync, SyncMeans};

@@ -82,7 +82,7 @@ impl Session {
                 "the agent does not offer guest-exec: it is blocked in the guest's configuration",
             ));
         }
-        if coverage.limit().is_some() {
+        if coverage.is_windows() {
             return Ok(Some("a Windows guest has no sync command; VSS flushes its volumes itself"));
         }
         // An operand is a path of the guest's choosing: never let one pass for an option.

@@ -59,7 +59,7 @@ fn write(disk: &dyn Disk, path: &Path, format: ImageFormat, progress: Progress<'
         }
         ImageFormat::Qcow2 => {
             qcow2::create(&*file, &CreateOptions::overlay(disk.capacity(), None))?;
-            let journal = Journal::create(Arc::new(Nowhere), Arc::new(Nowhere), "")?;
+            let journal = Journal::create(Arc::new(Nowhere), Arc::new(Nowhere), "none")?;
             let image = Image::open(file, None, Mode::Writable(journal))?;
             let mut put = |bytes: &[u8], offset| {
                 write_disk(&image, offset, bytes)?;

@@ -87,8 +87,8 @@ pub(crate) struct Prepared {
 pub struct DiskProbe {
     /// The disk's id.
     pub id: String,
-    /// One entry for each partition or bare file system.
-    pub file_systems: Vec<FsVerdict>,
+    /// One entry for each partition, or one for the bare disk.
+    pub volumes: Vec<FsVerdict>,
 }
 
 impl Manager {
@@ -155,8 +155,9 @@ impl Manager {
     }
 
     /// The chain of a disk that is served, for the device.
-    pub fn chain(&self, id: &str) -> Option<&Arc<Chain>> {
-        self.disks.get(id).map(|disk| &disk.chain)
+    pub fn chain(&self, id: &str) -> Result<&Arc<Chain>> {
+        let story = || Error::new(ErrorKind::NotFound, format!("disk '{id}' is not served"));
+        self.disks.get(id).map(|disk| &disk.chain).ok_or_else(story)
     }
 
     /// All events from now on. A listener that lets 1024 wait misses some.
@@ -212,8 +213,8 @@ impl Manager {
     pub fn probe(&self, name: &str) -> Result<Vec<DiskProbe>> {
         let disks = self.show(name)?.disks;
         let probe = |disk: SnapshotDisk| {
-            let file_systems = probe::probe(&*self.snapshot_disk(name, &disk.id)?)?;
-            Ok(DiskProbe { id: disk.id, file_systems })
+            let volumes = probe::probe(&*self.snapshot_disk(name, &disk.id)?)?;
+            Ok(DiskProbe { id: disk.id, volumes })
         };
         disks.into_iter().map(probe).collect()
     }
@@ -270,8 +271,8 @@ impl Manager {
 
     /// The end of the daemon: undoes what is prepared, and brings all that was acknowledged onto stable storage. No
     /// front-end is served any more.
-    pub fn shut_down(mut self) -> Result<()> {
-        drop(self.housekeeping.take());
+    pub fn shut_down(&self) -> Result<()> {
+        let _change = self.lock_change();
         if let Some(prepared) = self.held().take() {
             prepared.held.abort("the daemon ends")?;
         }

@@ -1,5 +1,7 @@
 //! The manager over real files, without a guest: what snapshots, deletes and reverts do to the disks.
 
+#![allow(clippy::unwrap_used, reason = "a failed step of a test ends it")]
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

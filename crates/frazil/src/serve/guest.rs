@@ -95,9 +95,12 @@ impl Guest for AgentGuest {
 
     fn coverage(&mut self, deadline: Instant) -> GuestResult<snapshot::Coverage> {
         let coverage = self.find_coverage(deadline)?;
-        let mounts = coverage.targets().iter().map(ToString::to_string).collect();
+        let told = snapshot::Coverage {
+            mounts: coverage.targets().iter().map(ToString::to_string).collect(),
+            unfreezable: coverage.unfreezable().map(ToString::to_string).collect(),
+        };
         self.open(deadline)?.coverage = Some(coverage);
-        Ok(snapshot::Coverage { mounts })
+        Ok(told)
     }
 
     fn freeze(&mut self, _coverage: &snapshot::Coverage, deadline: Instant) -> GuestResult<u64> {

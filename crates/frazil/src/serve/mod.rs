@@ -1,18 +1,126 @@
-//! The daemon.
+//! The daemon: puts the crates together, runs until it is told to stop, leaves clean images.
+//!
+//! ```text
+//!   start                                            stop
+//!     Manager (state directory, chains, thaw owed)     QMP server: no more commands
+//!     a vhost-user device a disk                       devices: sessions end, rings are drained
+//!     QMP server                                       Manager: all that was acknowledged is synced
+//!     READY=1 to systemd
+//! ```
 
+mod guest;
+mod service;
+
+use std::io;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
-use block::{Error, ErrorKind, Result};
+use block::{Context, Disk, Result};
 use control::Service;
+use guest_agent::Agent;
+use sd_notify::NotifyState;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use snapshot::{Chain, DiskConfig, FreezeDefaults, FreezeOwner, Guest, Manager};
+use tracing::{info, warn};
+use vhost_blk::{DeviceConfig, Server, SessionEvent};
 
-use crate::config::Config;
+use crate::config::{self, Config};
+use guest::AgentGuest;
+use service::Daemon;
+
+/// How long clients whose commands run are waited for at the end.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Why the daemon ends.
+enum Stop {
+    Signal(i32),
+    Quit,
+}
 
 /// Serves the disks until it is told to stop.
-pub(crate) fn run(_config: Config) -> Result<()> {
-    Err(Error::new(ErrorKind::Unsupported, "not wired yet"))
+pub(crate) fn run(config: Config) -> Result<()> {
+    let (stop, stopped) = channel();
+    watch_signals(stop.clone()).context(|| "watch for signals")?;
+    let manager = Arc::new(open(&config)?);
+    let devices = config.disks.iter().map(|disk| start_device(&manager, disk)).collect::<Result<Vec<_>>>()?;
+    let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, stop));
+    let mut control = control::Server::start(&config.control, daemon, manager.subscribe())
+        .context(|| format!("listen at {}", config.control.display()))?;
+    info!(disks = config.disks.len(), control = %config.control.display(), "serving");
+    tell_systemd(&[NotifyState::Ready]);
+
+    wait(&stopped);
+    tell_systemd(&[NotifyState::Stopping]);
+    control.stop(GRACE);
+    drop(control);
+    devices.into_iter().for_each(Server::stop);
+    manager.shut_down().context(|| "sync the disks at the end")
 }
 
 /// The state directory of a daemon that does not run, as the commands without a guest need it.
-pub(crate) fn offline(_state: &Path) -> Result<Box<dyn Service>> {
-    Err(Error::new(ErrorKind::Unsupported, "not wired yet"))
+pub(crate) fn offline(state: &Path) -> Result<Box<dyn Service>> {
+    Ok(Box::new(Daemon::offline(Manager::open_offline(state)?, state)))
+}
+
+fn open(config: &Config) -> Result<Manager> {
+    let disks: Vec<_> = config.disks.iter().map(disk_config).collect();
+    let defaults = FreezeDefaults { owner: config.freeze_owner, policy: config.freeze };
+    let guest = config.agent.as_ref().filter(|_| config.freeze_owner == FreezeOwner::Frazil).map(|agent| {
+        let serials = config.disks.iter().map(|disk| disk.serial.clone()).collect();
+        Box::new(AgentGuest::new(Agent::new(agent), serials, config.pre_sync)) as Box<dyn Guest>
+    });
+    Manager::open(&config.state, &disks, defaults, guest)
+}
+
+fn disk_config(disk: &config::DiskConfig) -> DiskConfig {
+    DiskConfig {
+        id: disk.id.clone(),
+        path: disk.path.clone(),
+        format: disk.format,
+        read_only: disk.readonly,
+        cache: disk.cache,
+    }
+}
+
+fn start_device(manager: &Manager, disk: &config::DiskConfig) -> Result<Server> {
+    let chain: &Arc<Chain> = manager.chain(&disk.id)?;
+    let told = Arc::clone(chain);
+    let config = DeviceConfig {
+        name: disk.id.clone(),
+        socket: disk.socket.clone(),
+        serial: disk.serial.clone(),
+        queues: disk.queues,
+        disk: Arc::clone(chain) as Arc<dyn Disk>,
+        gate: Arc::clone(chain.gate()),
+        on_session: Box::new(move |event| told.set_connected(event == SessionEvent::Connected)),
+    };
+    Server::start(config).context(|| format!("serve disk {} at {}", disk.id, disk.socket.display()))
+}
+
+fn watch_signals(stop: Sender<Stop>) -> io::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        for signal in signals.forever() {
+            // Nobody hears it once the daemon is ending anyway.
+            let _ = stop.send(Stop::Signal(signal));
+        }
+    })?;
+    Ok(())
+}
+
+fn wait(stopped: &Receiver<Stop>) {
+    match stopped.recv() {
+        Ok(Stop::Signal(signal)) => info!(signal, "stopping"),
+        Ok(Stop::Quit) | Err(_) => info!("stopping, as a client asked"),
+    }
+}
+
+/// Does nothing where systemd did not start us.
+fn tell_systemd(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        warn!(%error, "systemd could not be told");
+    }
 }

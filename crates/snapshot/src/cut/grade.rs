@@ -82,15 +82,17 @@ fn doubt(
         (FreezeOwner::Frazil, FreezePolicy::Never) => return Err("no freeze was wanted".to_owned()),
         (FreezeOwner::Frazil, FreezePolicy::Require | FreezePolicy::Prefer) => {}
     }
-    let (frozen, mounts) = match freeze {
+    let (frozen, coverage) = match freeze {
         FreezeOutcome::NotAsked => return Err("the guest agent was not asked".to_owned()),
         FreezeOutcome::NotFrozen { reason } => return Err(format!("not frozen: {reason}")),
-        FreezeOutcome::Frozen { count, coverage } => (*count, &coverage.mounts),
+        FreezeOutcome::Frozen { count, coverage } => (*count, coverage),
     };
-    let names = mounts.join(", ");
-    let expected = mounts.len() as u64;
+    let expected = coverage.mounts.len() as u64;
+    if expected == 0 {
+        return Err("the agent names no mounted file system on these disks".to_owned());
+    }
     if frozen != expected {
-        return Err(format!("the agent froze {frozen} of {expected} mounted file systems ({names})"));
+        return Err(miscount(frozen, coverage));
     }
     if let Some(Overrun { held, limit }) = overrun {
         let (held, limit) = (millis(held), millis(limit));
@@ -105,12 +107,35 @@ fn doubt(
         Some(ThawOutcome::Thawed { count }) if *count != frozen => Err(format!(
             "{frozen} file systems were frozen and {count} thawed, so others may have been thawed before the cut"
         )),
-        Some(ThawOutcome::Thawed { .. }) | None if expected == 0 => {
-            Ok("no writable file system was mounted from these disks".to_owned())
-        }
         Some(ThawOutcome::Thawed { .. }) | None => {
-            Ok(format!("all {expected} mounted file systems were frozen ({names})"))
+            Ok(format!("all {expected} mounted file systems were frozen ({})", list(&coverage.mounts)))
         }
+    }
+}
+
+/// Another count than that of the mounted file systems, and who may have made the difference.
+fn miscount(frozen: u64, coverage: &Coverage) -> String {
+    let Coverage { mounts, unfreezable } = coverage;
+    let (expected, all) = (mounts.len(), list(mounts));
+    if frozen > expected as u64 {
+        return format!(
+            "the agent froze {frozen} file systems but named {expected} before ({all}): mounts changed"
+        );
+    }
+    let why = match unfreezable.is_empty() {
+        true => format!("one of {all} was unmounted, mounted over, or frozen by somebody else"),
+        false => format!("no freeze support is known for {}", list(unfreezable)),
+    };
+    format!("the agent froze {frozen} of {expected} mounted file systems; {why}")
+}
+
+/// `a, b and 3 more`: a guest can mount any number.
+fn list(names: &[String]) -> String {
+    const NAMED: usize = 5;
+    let named = names.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(NAMED) {
+        0 => named,
+        more => format!("{named} and {more} more"),
     }
 }
 
@@ -121,7 +146,14 @@ mod tests {
     use FreezePolicy::{Never, Prefer, Require};
 
     fn frozen(count: u64) -> FreezeOutcome {
-        FreezeOutcome::Frozen { count, coverage: Coverage { mounts: vec!["/".into(), "/srv".into()] } }
+        FreezeOutcome::Frozen {
+            count,
+            coverage: Coverage { mounts: vec!["/".into(), "/srv".into()], unfreezable: Vec::new() },
+        }
+    }
+
+    fn nothing() -> FreezeOutcome {
+        FreezeOutcome::Frozen { count: 0, coverage: Coverage::default() }
     }
 
     fn thawed(count: u64) -> Option<ThawOutcome> {
@@ -143,8 +175,9 @@ mod tests {
             (Prefer, Frazil, FreezeOutcome::NotAsked, None, None, "was not asked"),
             (Prefer, Frazil, absent(), None, None, "not frozen: no agent"),
             (Require, Frazil, absent(), None, None, "not frozen: no agent"),
-            (Prefer, Frazil, frozen(1), thawed(1), None, "froze 1 of 2 mounted file systems (/, /srv)"),
-            (Prefer, Frazil, frozen(3), thawed(3), None, "froze 3 of 2"),
+            (Prefer, Frazil, frozen(1), thawed(1), None, "froze 1 of 2 mounted file systems; one of /, /srv"),
+            (Prefer, Frazil, frozen(3), thawed(3), None, "froze 3 file systems but named 2"),
+            (Prefer, Frazil, nothing(), thawed(0), None, "names no mounted file system"),
             (Prefer, Frazil, frozen(2), thawed(2), late, "lasted 11000 ms"),
             (Prefer, Frazil, frozen(2), thawed(0), None, "2 file systems were frozen and 0 thawed"),
             (Require, Frazil, frozen(2), thawed(3), None, "and 3 thawed"),
@@ -169,9 +202,16 @@ mod tests {
     }
 
     #[test]
-    fn nothing_mounted_is_clean() {
-        let freeze = FreezeOutcome::Frozen { count: 0, coverage: Coverage::default() };
-        let (grade, reason) = grade(Require, Frazil, &freeze, thawed(0).as_ref(), None);
-        assert_eq!((grade, reason.contains("no writable file system")), (Grade::Filesystem, true));
+    fn who_can_not_be_frozen_is_named_and_long_lists_are_cut() {
+        let mounts: Vec<String> = (0..7).map(|n| format!("/{n}")).collect();
+        let coverage = Coverage { mounts, unfreezable: vec!["/boot/efi (vfat, vda1)".into()] };
+        let freeze = FreezeOutcome::Frozen { count: 6, coverage: coverage.clone() };
+        let (_, reason) = grade(Prefer, Frazil, &freeze, None, None);
+        assert_eq!(
+            reason,
+            "the agent froze 6 of 7 mounted file systems; no freeze support is known for /boot/efi (vfat, vda1)"
+        );
+        let (_, reason) = grade(Prefer, Frazil, &FreezeOutcome::Frozen { count: 7, coverage }, None, None);
+        assert!(reason.ends_with("(/0, /1, /2, /3, /4 and 2 more)"), "{reason}");
     }
 }

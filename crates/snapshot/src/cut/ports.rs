@@ -64,8 +64,10 @@ pub enum FreezeStatus {
 /// ours, each once however often it is mounted.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Coverage {
-    /// Where they are mounted in the guest.
+    /// Where they are mounted in the guest, in words for people.
     pub mounts: Vec<String>,
+    /// Those among them that are not known to support a freeze: they are named when the count is short.
+    pub unfreezable: Vec<String>,
 }
 
 /// The guest agent.

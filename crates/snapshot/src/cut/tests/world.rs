@@ -312,9 +312,10 @@ impl Guest for World {
     fn coverage(&mut self, deadline: Instant) -> GuestResult<Coverage> {
         self.ask(Call::Coverage, deadline, |state| match state.frozen {
             Some(_) => Err(GuestError::Refused("frozen".to_owned())),
-            None => {
-                Ok(Coverage { mounts: state.kind.mounts().iter().map(|&name| name.to_owned()).collect() })
-            }
+            None => Ok(Coverage {
+                mounts: state.kind.mounts().iter().map(|&name| name.to_owned()).collect(),
+                unfreezable: Vec::new(),
+            }),
         })
     }
 

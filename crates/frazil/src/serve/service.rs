@@ -1,0 +1,121 @@
+//! The manager, as the QMP server and the offline commands want it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use block::Result;
+use control::{DaemonStatus, Service};
+use snapshot::{CreateRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, Manager, SnapshotRecord};
+
+use super::Stop;
+use crate::config::Config;
+
+/// What clients see.
+pub(super) struct Daemon {
+    manager: Arc<Manager>,
+    started: Instant,
+    state: PathBuf,
+    freeze_owner: FreezeOwner,
+    agent: Option<PathBuf>,
+    /// Absent where nothing runs that could be stopped.
+    stop: Option<Sender<Stop>>,
+}
+
+impl Daemon {
+    pub(super) fn new(manager: Arc<Manager>, config: &Config, stop: Sender<Stop>) -> Self {
+        Self {
+            manager,
+            started: Instant::now(),
+            state: config.state.clone(),
+            freeze_owner: config.freeze_owner,
+            agent: config.agent.clone(),
+            stop: Some(stop),
+        }
+    }
+
+    pub(super) fn offline(manager: Manager, state: &Path) -> Self {
+        Self {
+            manager: Arc::new(manager),
+            started: Instant::now(),
+            state: state.to_owned(),
+            freeze_owner: FreezeOwner::None,
+            agent: None,
+            stop: None,
+        }
+    }
+}
+
+impl Service for Daemon {
+    fn create(&self, request: CreateRequest) -> Result<SnapshotRecord> {
+        self.manager.create(request)
+    }
+
+    fn prepare(&self, request: CreateRequest, lease: Duration) -> Result<()> {
+        self.manager.prepare(request, lease)
+    }
+
+    fn release(&self, name: &str) -> Result<SnapshotRecord> {
+        self.manager.release(name)
+    }
+
+    fn abort(&self, name: &str) -> Result<()> {
+        self.manager.abort(name)
+    }
+
+    fn list(&self) -> Vec<SnapshotRecord> {
+        self.manager.list()
+    }
+
+    fn show(&self, name: &str) -> Result<SnapshotRecord> {
+        self.manager.show(name)
+    }
+
+    fn probe(&self, name: &str) -> Result<Vec<DiskProbe>> {
+        self.manager.probe(name)
+    }
+
+    fn delete(&self, name: &str) -> Result<()> {
+        self.manager.delete(name)
+    }
+
+    fn revert(&self, name: &str, discard_newer: bool) -> Result<()> {
+        self.manager.revert(name, discard_newer)
+    }
+
+    fn export(
+        &self,
+        name: &str,
+        disk: &str,
+        target: &Path,
+        format: ImageFormat,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<()> {
+        self.manager.export(name, disk, target, format, &mut |done, total| progress(done, total))
+    }
+
+    fn disks(&self) -> Vec<DiskStatus> {
+        self.manager.disks()
+    }
+
+    fn status(&self) -> DaemonStatus {
+        DaemonStatus {
+            uptime: self.started.elapsed().as_secs(),
+            state: self.state.clone(),
+            free: self.manager.free_space().unwrap_or_default(),
+            freeze_owner: self.freeze_owner,
+            agent: self.agent.clone(),
+            thaw_owed: self.manager.thaw_owed(),
+            prepared: self.manager.prepared(),
+            snapshots: self.manager.list().len() as u64,
+        }
+    }
+
+    fn quit(&self) {
+        if let Some(stop) = &self.stop {
+            // Nobody hears it if the daemon is ending already.
+            let _ = stop.send(Stop::Quit);
+        }
+    }
+}
