@@ -39,10 +39,10 @@ impl GuestError {
 impl From<GuestError> for block::Error {
     fn from(error: GuestError) -> Self {
         let kind = match error {
-            GuestError::Absent(_) => ErrorKind::NotFound,
+            // Not `NotFound`: that is for names that a client gave.
+            GuestError::Absent(_) | GuestError::Other(_) => ErrorKind::Io,
             GuestError::TimedOut(_) => ErrorKind::TimedOut,
             GuestError::Refused(_) => ErrorKind::Busy,
-            GuestError::Other(_) => ErrorKind::Io,
         };
         Self::new(kind, error.to_string())
     }
