@@ -93,13 +93,22 @@ impl Lane {
         if self.gate.closers.load(Ordering::SeqCst) == 0 {
             return true;
         }
-        self.state.refused().get_or_insert_with(Instant::now);
+        self.refuse();
         self.leave(1);
-        // The gate may have opened since the look at it, and its waker may have come before this refusal.
-        if self.gate.closers.load(Ordering::SeqCst) == 0 {
+        false
+    }
+
+    /// Notes since when a request waits. The gate may have opened since the look at it; who opens it takes the notes
+    /// away after it has opened, under their lock. So either this note is taken away, or none is made: one that
+    /// stayed would be counted at the next opening, as a wait from now until then.
+    fn refuse(&self) {
+        let mut refused = self.state.refused();
+        if self.gate.is_closed() {
+            refused.get_or_insert_with(Instant::now);
+        } else {
+            // The opening's waker may have come before the refusal.
             self.state.waker.wake_by_ref();
         }
-        false
     }
 
     /// Reports `count` requests whose used ring entries have been written.
@@ -242,6 +251,25 @@ mod tests {
         drop(lane);
         closed.drain(soon()).unwrap();
         assert_eq!(closed.open(), Wait::default());
+    }
+
+    /// The gate opens between a worker's look at it and the refusal; hours later there is another cut.
+    #[test]
+    fn a_refusal_that_comes_after_the_opening_is_no_wait_of_the_next_closing() {
+        let (gate, woken) = (Arc::new(Gate::default()), Arc::new(Woken::default()));
+        let lane = gate.lane(Waker::from(Arc::clone(&woken)));
+        lane.refuse();
+        assert!(woken.0.load(Ordering::SeqCst), "nobody would look at the request again");
+        assert_eq!(gate.close().open(), Wait::default());
+    }
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl std::task::Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::SeqCst);
+        }
     }
 
     /// Workers enter and leave as fast as they can; whoever is quiesced must never see one inside.
