@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use block::{ByteRange, Context, Error, ErrorKind, Result, Storage};
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, seek};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, seek};
 
 use crate::lock;
 
@@ -63,6 +63,7 @@ impl HostFile {
         if !is_device && !metadata.is_file() {
             return Err(Error::new(ErrorKind::InvalidInput, "neither a regular file nor a block device"));
         }
+        block_on_io(&file)?;
         lock::acquire(&file, how.writable)?;
         let direct = match how.cache {
             Cache::Writeback => None,
@@ -97,7 +98,16 @@ fn open_direct(path: &Path, writable: bool, expected: &std::fs::Metadata) -> Res
     if (found.dev(), found.ino()) != (expected.dev(), expected.ino()) {
         return Err(Error::new(ErrorKind::Busy, "the file was replaced while being opened"));
     }
+    block_on_io(&file)?;
     Ok(file)
+}
+
+/// Takes away the `O_NONBLOCK` that was for opening. With it, io_uring answers `EAGAIN` where it would hand the I/O to
+/// a thread: on devices beneath that can not say whether they would wait (md, older dm).
+fn block_on_io(file: &File) -> Result<()> {
+    let flags = fcntl_getfl(file).map_err(std::io::Error::from)?;
+    fcntl_setfl(file, flags - OFlags::NONBLOCK).map_err(std::io::Error::from)?;
+    Ok(())
 }
 
 /// What `O_DIRECT` asks for: the device's logical block size where it is one, else 4 KiB, which every file system
@@ -200,6 +210,21 @@ mod tests {
         assert_eq!(HostFile::open(&path, WRITE).unwrap_err().kind(), ErrorKind::Busy);
         drop((writer, reader));
         HostFile::open(&path, WRITE).unwrap();
+    }
+
+    #[test]
+    fn data_io_may_wait() {
+        let folder = tempfile::tempdir().unwrap();
+        for cache in [Cache::Writeback, Cache::None] {
+            let file = match HostFile::create(&folder.path().join(format!("{cache:?}")), cache) {
+                // Temporary files may be in memory, and older kernels have no direct I/O there.
+                Err(error) if cache == Cache::None && error.kind() == ErrorKind::InvalidInput => continue,
+                file => file.unwrap(),
+            };
+            let flags = fcntl_getfl(file.fd().unwrap()).unwrap();
+            assert!(!flags.contains(OFlags::NONBLOCK), "io_uring would fail with EAGAIN: {flags:?}");
+            assert_eq!(flags.contains(OFlags::DIRECT), cache == Cache::None);
+        }
     }
 
     #[test]
