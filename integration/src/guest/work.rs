@@ -88,21 +88,24 @@ impl Guest {
             .map(drop)
     }
 
-    /// Starts the guest agent.
+    /// Starts the guest agent and waits until it listens.
     pub fn start_agent(&mut self) -> Result<()> {
-        self.run(
-            "qemu-ga -d -t /run -f /run/qemu-ga.pid -p /dev/virtio-ports/org.qemu.guest_agent.0 -l /run/qemu-ga.log",
-        )
-        .map(drop)
+        self.launch_agent("")
     }
 
     /// Starts the agent with a hook: `script` is run before a freeze and after a thaw, `$1` saying which.
     pub fn start_agent_with_hook(&mut self, script: &str) -> Result<()> {
         self.run(&format!("printf '#!/bin/sh\\n%s\\n' '{script}' >/run/hook && chmod +x /run/hook"))?;
-        self.run(
-            "qemu-ga -d -t /run -f /run/qemu-ga.pid -p /dev/virtio-ports/org.qemu.guest_agent.0 -l /run/qemu-ga.log \
-             -F/run/hook",
-        )
+        self.launch_agent("-F/run/hook")
+    }
+
+    fn launch_agent(&mut self, options: &str) -> Result<()> {
+        const PORT: &str = "/dev/virtio-ports/org.qemu.guest_agent.0";
+        self.run(&format!("qemu-ga -d -t /run -f /run/qemu-ga.pid -p {PORT} -l /run/qemu-ga.log {options}"))?;
+        // It goes into the background before it opens its port, by more than a client's patience on a busy host.
+        self.run(&format!(
+            "until ls -l /proc/$(cat /run/qemu-ga.pid)/fd | grep -q $(readlink {PORT}); do sleep 0.1; done"
+        ))
         .map(drop)
     }
 
