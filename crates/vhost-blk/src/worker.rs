@@ -313,9 +313,13 @@ impl Worker {
         true
     }
 
-    /// Asks the driver to kick again; `true` if it has offered something meanwhile.
+    /// Asks the driver to kick again; `true` if it has offered something meanwhile. A ring that was stopped since the
+    /// last look at it is the guest's own memory again.
     fn rearm(&mut self, vring: &Vring) -> bool {
         let mut vring = vring.get_mut();
+        if !vring.get_queue().ready() {
+            return false;
+        }
         let more = vring.get_queue_mut().enable_notification(&**self.hold);
         more.unwrap_or_else(|error| {
             self.complaints.ring("could not ask for kicks", &error);
@@ -343,3 +347,6 @@ fn write_status(slot: &Slot) -> u32 {
     };
     if written { slot.written.saturating_add(1) } else { 0 }
 }
+
+#[cfg(test)]
+mod tests;
