@@ -6,7 +6,10 @@ use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_
 
 use crate::config::has;
 
-/// The cache mode of a session (virtio 1.3, section 5.2.5.2).
+/// The cache mode (virtio 1.3, section 5.2.5.2).
+///
+/// What a driver set stays from one session to the next: a front-end that lost its connection and comes back with the
+/// same guest tells of features again, but not of the field that the guest once wrote.
 ///
 /// A driver that has turned the cache off, or that knows neither how to turn it off nor how to flush, sends no flushes
 /// and believes that what was acknowledged is on stable storage. So every write is flushed before it is acknowledged.
@@ -18,9 +21,16 @@ pub(crate) struct CacheMode {
 }
 
 impl CacheMode {
-    /// On, as the driver finds it. Until features are negotiated, a driver that knows of it is assumed.
+    /// On, as the first driver finds it.
     pub(crate) fn new() -> Self {
-        Self { features: AtomicU64::new(1 << VIRTIO_BLK_F_CONFIG_WCE), writeback: AtomicBool::new(true) }
+        let mode = Self { features: AtomicU64::new(0), writeback: AtomicBool::new(true) };
+        mode.begin_session();
+        mode
+    }
+
+    /// Forgets the features. Until they are negotiated, a driver that knows of the field is assumed.
+    pub(crate) fn begin_session(&self) {
+        self.set_features(1 << VIRTIO_BLK_F_CONFIG_WCE);
     }
 
     pub(crate) fn set_features(&self, features: u64) {

@@ -32,8 +32,8 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(config: &DeviceConfig, memory: &SharedMemory) -> Result<Self> {
-        let cache = Arc::new(CacheMode::new());
+    pub(crate) fn new(config: &DeviceConfig, memory: &SharedMemory, cache: Arc<CacheMode>) -> Result<Self> {
+        cache.begin_session();
         let (mut workers, mut queues) = (Vec::new(), Vec::new());
         for queue in 0..usize::from(config.queues) {
             let state = Arc::new(QueueState::new()?);

@@ -9,9 +9,11 @@
 //! How a piece's bytes move depends on the file:
 //! - without a descriptor, or where `O_DIRECT` would not take the guest's buffer: through a bounce buffer, at once;
 //! - past the page cache: through io_uring;
+//! - in a file that is only in memory: at once, for `RWF_NOWAIT` is not to be had there;
 //! - through the page cache, a read: at once what is cached (`RWF_NOWAIT`), the rest through io_uring;
 //! - through the page cache, a write: at once. It is a copy in memory, and io_uring would hand it to a kernel thread
-//!   (buffered writes are not attempted inline on most file systems), which costs more than the copy itself.
+//!   (buffered writes are not attempted inline on most file systems), which costs more than the copy itself. The price:
+//!   a host with too much dirty memory makes the worker wait in it.
 #![allow(unsafe_code, reason = "one block: who queues I/O on guest memory promises to leave it alone")]
 
 use std::ops::Range;
@@ -245,10 +247,10 @@ impl Engine {
             if !fits {
                 return bounce(buffer, piece, storage, write, &mut self.scratch);
             }
-        } else if write {
+        } else if write || storage.in_memory() {
             while piece.left > 0 {
-                match buffer.write_now(piece.iovecs.clone(), fd, piece.offset)? {
-                    0 => return Err(Error::new(ErrorKind::Io, "the file took no bytes")),
+                match buffer.move_now(write, piece.iovecs.clone(), fd, piece.offset)? {
+                    0 => return Err(piece.no_bytes()),
                     done => piece.advance(buffer, done),
                 }
             }
@@ -275,7 +277,7 @@ impl Engine {
         let Slot { pieces, buffer, .. } = slot;
         let Some(piece) = pieces.get_mut(part) else { return };
         let going_on = match completion.result {
-            Ok(0) => Err(Error::new(ErrorKind::Io, format!("the file ends at or before {}", piece.offset))),
+            Ok(0) => Err(piece.no_bytes()),
             Ok(done) => {
                 piece.advance(buffer, u64::from(done));
                 if piece.left == 0 { Ok(()) } else { self.move_piece(index, slot, part) }
@@ -391,6 +393,10 @@ impl Piece {
         self.iovecs = buffer.advance(self.iovecs.clone(), done);
         self.offset += done;
         self.left -= done;
+    }
+
+    fn no_bytes(&self) -> Error {
+        Error::new(ErrorKind::Io, format!("the file ends at or before {}", self.offset))
     }
 }
 

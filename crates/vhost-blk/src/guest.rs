@@ -202,15 +202,22 @@ impl GuestBuffer {
         unsafe { hostio::read_cached(fd, self.part(range), offset) }
     }
 
-    /// Writes here and now, see [`hostio::write_now`].
-    pub(crate) fn write_now(
-        &self,
+    /// Reads or writes here and now, see [`hostio::read_now`] and [`hostio::write_now`].
+    pub(crate) fn move_now(
+        &mut self,
+        write: bool,
         range: Range<usize>,
         fd: BorrowedFd<'_>,
         offset: u64,
     ) -> std::io::Result<u64> {
-        // SAFETY: the iovecs name mapped memory (the type's invariant).
-        unsafe { hostio::write_now(fd, self.part(range), offset) }
+        let iovecs = self.part(range);
+        if write {
+            // SAFETY: the iovecs name mapped memory (the type's invariant).
+            unsafe { hostio::write_now(fd, iovecs, offset) }
+        } else {
+            // SAFETY: as above.
+            unsafe { hostio::read_now(fd, iovecs, offset) }
+        }
     }
 
     /// Queues a read or a write on `ring`.

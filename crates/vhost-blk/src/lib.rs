@@ -7,8 +7,8 @@
 //!                     └────────── for each session, and gone after it
 //! ```
 //! A [`Server`] owns a disk's socket for as long as it lives. One front-end is served at a time, others wait in the
-//! socket's backlog. What a front-end negotiated ends with its session; the [`Disk`](block::Disk) and its
-//! [`Gate`](block::Gate) outlive it.
+//! socket's backlog. What a front-end negotiated ends with its session; the [`Disk`](block::Disk), its
+//! [`Gate`](block::Gate) and the write cache's setting outlive it.
 //!
 //! # I/O model
 //! ```text
@@ -34,6 +34,7 @@ mod config;
 mod device;
 mod engine;
 mod guest;
+mod patience;
 mod request;
 mod server;
 mod socket;

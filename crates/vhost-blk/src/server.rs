@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
 
+use crate::cache::CacheMode;
 use crate::device::Device;
 use crate::engine::ID_LEN;
 use crate::guest::Memory;
@@ -89,6 +90,7 @@ struct Shared {
     /// Readable once `stopping` is set.
     stop: OwnedFd,
     session: Mutex<Option<Session>>,
+    cache: Arc<CacheMode>,
 }
 
 /// How to end the session that is connected.
@@ -112,6 +114,7 @@ impl Server {
             stopping: AtomicBool::new(false),
             stop,
             session: Mutex::new(None),
+            cache: Arc::new(CacheMode::new()),
         });
         let (theirs, name) = (Arc::clone(&shared), format!("{}-session", config.name));
         let thread = thread::Builder::new().name(name).spawn(move || theirs.run(&config, &listener, file));
@@ -194,7 +197,7 @@ impl Shared {
     /// own, and a device with it.
     fn serve(&self, config: &DeviceConfig, listener: &UnixListener) -> Result<()> {
         let memory = SharedMemory::new(Memory::new());
-        let device = Arc::new(Device::new(config, &memory)?);
+        let device = Arc::new(Device::new(config, &memory, Arc::clone(&self.cache))?);
         let daemon = VhostUserDaemon::new(config.name.clone(), Arc::clone(&device), memory);
         let served = match daemon {
             Ok(mut daemon) => {

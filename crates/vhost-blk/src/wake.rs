@@ -35,9 +35,14 @@ impl Bell {
         let _ = self.event.read();
     }
 
+    /// Whether an answer is due.
+    pub(crate) fn is_rung(&self) -> bool {
+        self.rung.load(Ordering::SeqCst)
+    }
+
     /// Whether it was rung since the last answer. What it was rung for is looked at after this.
     pub(crate) fn answer(&self) -> bool {
-        self.rung.load(Ordering::SeqCst) && self.rung.swap(false, Ordering::SeqCst)
+        self.is_rung() && self.rung.swap(false, Ordering::SeqCst)
     }
 
     pub(crate) fn fd(&self) -> RawFd {

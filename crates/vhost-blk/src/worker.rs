@@ -5,7 +5,8 @@
 //!   ┌─▶ reap completions ─▶ ask deferred again ─▶ pop requests ─▶ begin them ─▶ submit ─▶ publish ─┐
 //!   └──────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
-//! The vring's lock is held while popping and while publishing, never over I/O, so that the session's messages are
+//! Before it rests it looks at the ring a little longer, as long as that pays (see [`Patience`]), and then asks the
+//! driver to kick. The vring's lock is held while popping and while publishing, never over I/O, so that the session's messages are
 //! answered meanwhile.
 
 use std::num::Wrapping;
@@ -23,6 +24,7 @@ use crate::cache::CacheMode;
 use crate::complaint::Complaints;
 use crate::engine::{Engine, ID_LEN, Slot};
 use crate::guest::{Hold, Memory};
+use crate::patience::Patience;
 use crate::request::{Op, Request, Segments, Status};
 use crate::vring::{SharedMemory, Vring};
 use crate::wake::Bell;
@@ -50,6 +52,8 @@ pub(crate) struct QueueState {
     /// The worker has seen `closing`, and nothing is in flight.
     closed: Mutex<bool>,
     idle: Condvar,
+    /// How many wait for `idle`: telling nobody would still cost a system call.
+    waiting: AtomicUsize,
 }
 
 impl QueueState {
@@ -60,16 +64,20 @@ impl QueueState {
             closing: AtomicBool::new(false),
             closed: Mutex::new(false),
             idle: Condvar::new(),
+            waiting: AtomicUsize::new(0),
         })
     }
 
     /// Waits until what was popped has been answered. The caller has made sure that no more is popped: the vring is
     /// not ready. Requests in flight always end, so this does too, also while the gate is closed.
     pub(crate) fn wait_idle(&self) {
+        // Before the look at what is in flight: either this sees it at zero, or who brings it there sees this.
+        self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut closed = self.lock();
         while self.in_flight.load(Ordering::SeqCst) != 0 {
             closed = self.idle.wait(closed).unwrap_or_else(PoisonError::into_inner);
         }
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// Asks the worker to take no more requests.
@@ -95,7 +103,8 @@ impl QueueState {
     }
 
     fn answered(&self, count: usize) {
-        if self.in_flight.fetch_sub(count, Ordering::SeqCst) == count {
+        let left = self.in_flight.fetch_sub(count, Ordering::SeqCst) - count;
+        if left == 0 && self.waiting.load(Ordering::SeqCst) != 0 {
             // The lock orders this with a waiter that has looked but not yet slept.
             drop(self.lock());
             self.idle.notify_all();
@@ -143,6 +152,7 @@ pub(crate) struct Worker {
     /// Popped in this round, and not yet begun.
     popped: Vec<u16>,
     segments: Segments,
+    patience: Patience,
     lane: Lane,
     state: Arc<QueueState>,
     memory: SharedMemory,
@@ -167,6 +177,7 @@ impl Worker {
             free: (0..SLOTS).rev().collect(),
             popped: Vec::with_capacity(BATCH),
             segments: Segments::default(),
+            patience: Patience::default(),
             lane: parts.gate.lane(waker),
             hold: Arc::new(parts.memory.memory().into_inner()),
             memory: parts.memory,
@@ -197,7 +208,7 @@ impl Worker {
                 self.state.bell.ring();
             }
             busy |= self.publish(vring) || popped == Popped::Some;
-            if !busy && (popped == Popped::Blocked || !self.rearm(vring)) {
+            if !busy && (popped == Popped::Blocked || !(self.linger(vring) || self.rearm(vring))) {
                 return self.state.rest();
             }
         }
@@ -311,6 +322,21 @@ impl Worker {
         self.lane.leave(count as u64);
         self.state.answered(count);
         true
+    }
+
+    /// Looks at the ring a little longer; `true` if there is something to do. Not with requests in flight, for then
+    /// the io_uring wakes the worker anyway.
+    fn linger(&mut self, vring: &Vring) -> bool {
+        let Self { patience, state, hold, .. } = self;
+        state.in_flight.load(Ordering::SeqCst) == 0
+            && patience.wait(|| {
+                let vring = vring.get_ref();
+                let queue = vring.get_queue();
+                let offered = || queue.avail_idx::<Memory>(hold, Ordering::Acquire);
+                let ready = vring.is_enabled() && queue.ready();
+                state.bell.is_rung()
+                    || (ready && offered().is_ok_and(|offered| offered.0 != queue.next_avail()))
+            })
     }
 
     /// Asks the driver to kick again; `true` if it has offered something meanwhile. A ring that was stopped since the

@@ -184,27 +184,36 @@ fn what_the_host_fails_is_an_error_to_the_guest() {
 #[test]
 fn with_the_write_cache_off_every_write_is_synced() {
     let (served, storage) = Served::memory(MIB, 1);
-    let mut front_end = FrontEnd::connect(&served.socket, 1, 0).unwrap();
-    front_end.set_memory(2).unwrap();
-    front_end.start(0).unwrap();
-    front_end.header(FrontEnd::DATA, 1, 0);
-    let chain = [
-        (FrontEnd::DATA, 16, FrontEnd::NEXT, 1),
-        (FrontEnd::DATA + 0x1000, 512, FrontEnd::NEXT, 2),
-        (FrontEnd::DATA + 0x800, 1, FrontEnd::WRITE, 0),
-    ];
-    front_end.descriptors(0, 0, &chain);
+    let connect = || {
+        let mut front_end = FrontEnd::connect(&served.socket, 1, 0).unwrap();
+        front_end.set_memory(2).unwrap();
+        front_end.start(0).unwrap();
+        front_end.header(FrontEnd::DATA, 1, 0);
+        let chain = [
+            (FrontEnd::DATA, 16, FrontEnd::NEXT, 1),
+            (FrontEnd::DATA + 0x1000, 512, FrontEnd::NEXT, 2),
+            (FrontEnd::DATA + 0x800, 1, FrontEnd::WRITE, 0),
+        ];
+        front_end.descriptors(0, 0, &chain);
+        front_end
+    };
     let write = |front_end: &mut FrontEnd| {
         front_end.offer(0, 0);
         front_end.used(0, std::time::Duration::from_secs(10)).unwrap();
         front_end.memory().read_obj::<u8>(GuestAddress(FrontEnd::DATA + 0x800)).unwrap()
     };
+    let mut front_end = connect();
     storage.fail_syncs(1);
     assert_eq!(write(&mut front_end), 0, "a cached write does not sync");
     storage.fail_syncs(0);
     use vhost::vhost_user::VhostUserFrontend;
     let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
     front_end.messages().set_config(32, flags, &[0]).unwrap();
+    assert_eq!(front_end.config(32, 1).unwrap(), [0]);
+    assert_eq!(write(&mut front_end), 0);
+    // The same guest, after its front-end lost the connection: it does not set the cache again.
+    drop(front_end);
+    let mut front_end = connect();
     assert_eq!(front_end.config(32, 1).unwrap(), [0]);
     assert_eq!(write(&mut front_end), 0);
     storage.fail_syncs(1);
