@@ -90,6 +90,12 @@ pub trait Storage: Send + Sync + Debug {
     fn direct_alignment(&self) -> Option<NonZeroU32> {
         None
     }
+
+    /// Whether the bytes are in the host's memory alone (tmpfs), so that I/O through [`fd`](Self::fd) is a copy and
+    /// waits for no device.
+    fn in_memory(&self) -> bool {
+        false
+    }
 }
 
 /// Writes zeroes over `range`, a bounded buffer at a time.

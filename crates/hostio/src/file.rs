@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use block::{ByteRange, Context, Error, ErrorKind, Result, Storage};
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, seek};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, fstatfs, seek};
 
 use crate::lock;
 
@@ -39,6 +39,7 @@ pub struct HostFile {
     /// A second descriptor with `O_DIRECT`, and the alignment that it asks for.
     direct: Option<(File, NonZeroU32)>,
     is_device: bool,
+    in_memory: bool,
 }
 
 impl HostFile {
@@ -69,7 +70,8 @@ impl HostFile {
             Cache::Writeback => None,
             Cache::None => Some((open_direct(path, how.writable, &metadata)?, direct_alignment(&file)?)),
         };
-        Ok(Self { path: path.to_owned(), file, direct, is_device })
+        let in_memory = !is_device && direct.is_none() && is_tmpfs(&file)?;
+        Ok(Self { path: path.to_owned(), file, direct, is_device, in_memory })
     }
 
     /// The path it was opened by.
@@ -108,6 +110,12 @@ fn block_on_io(file: &File) -> Result<()> {
     let flags = fcntl_getfl(file).map_err(std::io::Error::from)?;
     fcntl_setfl(file, flags - OFlags::NONBLOCK).map_err(std::io::Error::from)?;
     Ok(())
+}
+
+fn is_tmpfs(file: &File) -> Result<bool> {
+    /// `TMPFS_MAGIC`, statfs(2).
+    const TMPFS: u64 = 0x0102_1994;
+    Ok(fstatfs(file).map_err(std::io::Error::from)?.f_type as u64 == TMPFS)
 }
 
 /// What `O_DIRECT` asks for: the device's logical block size where it is one, else 4 KiB, which every file system
@@ -176,6 +184,10 @@ impl Storage for HostFile {
     fn direct_alignment(&self) -> Option<NonZeroU32> {
         self.direct.as_ref().map(|(_, alignment)| *alignment)
     }
+
+    fn in_memory(&self) -> bool {
+        self.in_memory
+    }
 }
 
 #[cfg(test)]
@@ -225,6 +237,15 @@ mod tests {
             assert!(!flags.contains(OFlags::NONBLOCK), "io_uring would fail with EAGAIN: {flags:?}");
             assert_eq!(flags.contains(OFlags::DIRECT), cache == Cache::None);
         }
+    }
+
+    #[test]
+    fn what_is_only_in_memory_is_known() {
+        let file =
+            HostFile::create(&tempfile::tempdir_in("/dev/shm").unwrap().path().join("a"), Cache::Writeback);
+        assert!(file.unwrap().in_memory());
+        let open = HostFile::open(Path::new("/proc/self/exe"), READ).unwrap();
+        assert!(!open.in_memory());
     }
 
     #[test]

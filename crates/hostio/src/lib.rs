@@ -9,5 +9,5 @@ mod ring;
 mod small;
 
 pub use file::{Cache, HostFile, Open};
-pub use ring::{Completion, Ring, read_cached, write_now};
+pub use ring::{Completion, Ring, read_cached, read_now, write_now};
 pub use small::{boot_id, free_space, remove_file, replace_file, sync_dir};

@@ -147,16 +147,31 @@ pub unsafe fn read_cached(fd: BorrowedFd<'_>, iovecs: &[libc::iovec], offset: u6
     u64::try_from(done).ok().filter(|&bytes| bytes > 0)
 }
 
+/// Reads into the iovecs from `offset`, waiting if need be, and returns how many bytes it got: fewer than asked for
+/// perhaps, none at the end of the file.
+///
+/// # Safety
+/// The memory that the iovecs name is valid during the call.
+pub unsafe fn read_now(fd: BorrowedFd<'_>, iovecs: &[libc::iovec], offset: u64) -> io::Result<u64> {
+    let (fd, count, offset) = (fd.as_raw_fd(), c_count(iovecs), offset.cast_signed());
+    // SAFETY: the iovecs are a slice, and the caller answers for what they name.
+    uninterrupted(|| unsafe { libc::preadv(fd, iovecs.as_ptr(), count, offset) })
+}
+
 /// Writes from the iovecs at `offset`, and returns how many bytes it took (perhaps fewer than given).
 ///
 /// # Safety
 /// The memory that the iovecs name is valid during the call.
 pub unsafe fn write_now(fd: BorrowedFd<'_>, iovecs: &[libc::iovec], offset: u64) -> io::Result<u64> {
+    let (fd, count, offset) = (fd.as_raw_fd(), c_count(iovecs), offset.cast_signed());
+    // SAFETY: as for `read_now`.
+    uninterrupted(|| unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, offset) })
+}
+
+/// Makes a system call that moves bytes, again as long as signals end it early.
+fn uninterrupted(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<u64> {
     loop {
-        // SAFETY: the iovecs are a slice, and the caller answers for what they name.
-        let done =
-            unsafe { libc::pwritev(fd.as_raw_fd(), iovecs.as_ptr(), c_count(iovecs), offset.cast_signed()) };
-        match u64::try_from(done) {
+        match u64::try_from(call()) {
             Ok(bytes) => return Ok(bytes),
             Err(_) => {
                 let error = io::Error::last_os_error();
@@ -234,6 +249,10 @@ mod tests {
         assert_eq!(unsafe { write_now(file.as_fd(), &iovecs, 0) }.unwrap(), 100);
         // SAFETY: as above.
         assert_eq!(unsafe { read_cached(file.as_fd(), &iovecs, 60) }.unwrap_or(40), 40);
+        // SAFETY: as above.
+        assert_eq!(unsafe { read_now(file.as_fd(), &iovecs, 60) }.unwrap(), 40);
+        // SAFETY: as above.
+        assert_eq!(unsafe { read_now(file.as_fd(), &iovecs, 100) }.unwrap(), 0);
         let read_only: OwnedFd = std::fs::File::open("/proc/self/exe").unwrap().into();
         // SAFETY: as above.
         let error = unsafe { write_now(read_only.as_fd(), &iovecs, 0) }.unwrap_err();
