@@ -41,7 +41,6 @@ mod params;
 mod server;
 mod service;
 mod session;
-mod socket;
 mod stream;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

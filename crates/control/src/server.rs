@@ -9,13 +9,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
+use block::Result;
+use hostio::Listener;
 use snapshot::Event;
 
 use crate::Service;
 use crate::message::{self, encode};
 use crate::outbox::Delivery;
 use crate::session::Session;
-use crate::socket::Listener;
 use crate::throttle::Throttle;
 
 /// How many clients may be connected at once; one more is turned away before the greeting.
@@ -38,8 +39,8 @@ impl Server {
     /// that has negotiated.
     ///
     /// # Errors
-    /// The socket cannot be made, or another process listens on it. One that a dead process left is replaced.
-    pub fn start(path: &Path, service: Arc<dyn Service>, events: Receiver<Event>) -> io::Result<Self> {
+    /// The socket cannot be made, or another process listens on it ([`Listener::bind`]).
+    pub fn start(path: &Path, service: Arc<dyn Service>, events: Receiver<Event>) -> Result<Self> {
         let listener = Arc::new(Listener::bind(path)?);
         let clients = Arc::new(Clients::default());
         let accepting = thread::Builder::new().name("qmp-accept".to_owned()).spawn({

@@ -1,5 +1,5 @@
 //! The one room that talks to the kernel about files: opening and locking images, punching holes, replacing small
-//! files atomically, and submitting I/O through io_uring.
+//! files atomically, listening at sockets, and submitting I/O through io_uring.
 //!
 //! Everything here is a thin, safe skin. What needs `unsafe` opens it for its own module and says why.
 
@@ -7,7 +7,9 @@ mod file;
 mod lock;
 mod ring;
 mod small;
+mod socket;
 
 pub use file::{Cache, HostFile, Open};
 pub use ring::{Completion, Ring, read_cached, read_now, write_now};
 pub use small::{boot_id, free_space, remove_file, replace_file, sync_dir};
+pub use socket::Listener;

@@ -37,7 +37,6 @@ mod guest;
 mod patience;
 mod request;
 mod server;
-mod socket;
 mod vring;
 mod wake;
 mod worker;

@@ -19,7 +19,6 @@ use crate::cache::CacheMode;
 use crate::device::Device;
 use crate::engine::ID_LEN;
 use crate::guest::Memory;
-use crate::socket::{self, SocketFile};
 use crate::vring::SharedMemory;
 
 /// The framework names the queues of a thread in a word's bits.
@@ -107,7 +106,7 @@ impl Server {
     /// replaced; [`ErrorKind::Busy`] if somebody listens there.
     pub fn start(config: DeviceConfig) -> Result<Self> {
         config.check()?;
-        let (listener, file) = socket::listen(&config.socket)?;
+        let socket = hostio::Listener::bind(&config.socket)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?;
         let shared = Arc::new(Shared {
             connected: AtomicBool::new(false),
@@ -117,7 +116,7 @@ impl Server {
             cache: Arc::new(CacheMode::new()),
         });
         let (theirs, name) = (Arc::clone(&shared), format!("{}-session", config.name));
-        let thread = thread::Builder::new().name(name).spawn(move || theirs.run(&config, &listener, file));
+        let thread = thread::Builder::new().name(name).spawn(move || theirs.run(&config, &socket));
         Ok(Self { shared, thread: Some(thread.context(|| "start the session's thread")?) })
     }
 
@@ -161,15 +160,14 @@ impl Shared {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    fn run(&self, config: &DeviceConfig, listener: &UnixListener, file: SocketFile) {
+    fn run(&self, config: &DeviceConfig, socket: &hostio::Listener) {
+        let listener = socket.socket();
         while self.wait_for_client(listener) {
             if let Err(error) = self.serve(config, listener) {
                 tracing::error!(disk = config.name, "could not serve a front-end: {error}");
                 self.pause();
             }
         }
-        // The name goes before the listener: whoever comes in between finds nothing, and is not left hanging.
-        drop(file);
     }
 
     /// `false` when it is time to stop.

@@ -47,8 +47,7 @@ pub(crate) fn run(config: Config) -> Result<()> {
     let manager = Arc::new(open(&config)?);
     let devices = config.disks.iter().map(|disk| start_device(&manager, disk)).collect::<Result<Vec<_>>>()?;
     let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, stop));
-    let mut control = control::Server::start(&config.control, daemon, manager.subscribe())
-        .context(|| format!("listen at {}", config.control.display()))?;
+    let mut control = control::Server::start(&config.control, daemon, manager.subscribe())?;
     info!(disks = config.disks.len(), control = %config.control.display(), "serving");
     tell_systemd(&[NotifyState::Ready]);
 
