@@ -1,7 +1,7 @@
 //! Raw disks: the bytes of one storage, as they are.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use crate::{
@@ -14,14 +14,49 @@ pub struct RawDisk {
     storage: Arc<dyn Storage>,
     capacity: u64,
     read_only: AtomicBool,
-    failed: Arc<AtomicBool>,
+    syncs: Arc<Syncs>,
+}
+
+/// The syncs of a storage: one at a time.
+///
+/// The kernel tells of a lost page once for each open file. Of two syncs at once, either might be told, and the other one
+/// would acknowledge what was lost.
+#[derive(Debug, Default)]
+struct Syncs {
+    /// One has failed: the latch.
+    failed: AtomicBool,
+    turn: Mutex<Turn>,
+}
+
+#[derive(Debug, Default)]
+struct Turn {
+    taken: bool,
+    /// How many syncs have begun.
+    begun: u64,
+    /// The number of the last one that succeeded.
+    succeeded: u64,
+    waiting: Vec<Waker>,
+}
+
+impl Syncs {
+    fn turn(&self) -> MutexGuard<'_, Turn> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_latch(&self) -> Result<()> {
+        if self.failed.load(Ordering::Acquire) {
+            let story = "an earlier sync failed; the image can not be trusted";
+            return Err(Error::new(ErrorKind::Latched, story));
+        }
+        Ok(())
+    }
 }
 
 impl RawDisk {
     /// The disk in `storage`, as large as it is now (its odd last bytes past a sector are not shown).
     pub fn new(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
         let capacity = storage.len()? / crate::SECTOR * crate::SECTOR;
-        Ok(Self { storage, capacity, read_only: AtomicBool::new(read_only), failed: Arc::default() })
+        Ok(Self { storage, capacity, read_only: AtomicBool::new(read_only), syncs: Arc::default() })
     }
 
     /// Refuses writes from now on; those already resolved go on.
@@ -43,7 +78,7 @@ impl RawDisk {
         if self.read_only() {
             return Err(Error::new(ErrorKind::ReadOnly, "the disk is read-only"));
         }
-        check_latch(&self.failed)?;
+        self.syncs.check_latch()?;
         self.check(range)
     }
 
@@ -62,13 +97,6 @@ impl RawDisk {
         }
         crate::storage::write_zeroes(&*self.storage, range)
     }
-}
-
-fn check_latch(failed: &AtomicBool) -> Result<()> {
-    if failed.load(Ordering::Acquire) {
-        return Err(Error::new(ErrorKind::Latched, "an earlier sync failed; the image can not be trusted"));
-    }
-    Ok(())
 }
 
 impl Disk for RawDisk {
@@ -116,33 +144,75 @@ impl Disk for RawDisk {
     }
 
     fn flush(&self) -> Box<dyn Flush> {
-        Box::new(RawFlush {
-            storage: Arc::clone(&self.storage),
-            failed: Arc::clone(&self.failed),
-            synced: false,
-        })
+        let before = self.syncs.turn().begun;
+        let (storage, syncs) = (Arc::clone(&self.storage), Arc::clone(&self.syncs));
+        Box::new(RawFlush { storage, syncs, before, number: None })
     }
 }
 
 struct RawFlush {
     storage: Arc<dyn Storage>,
-    failed: Arc<AtomicBool>,
-    synced: bool,
+    syncs: Arc<Syncs>,
+    /// Syncs begun before this flush was asked for. One that began later does for it as well.
+    before: u64,
+    /// Of its own sync, while that is under way.
+    number: Option<u64>,
+}
+
+impl RawFlush {
+    /// Its own sync, if there is one, has ended.
+    fn end(&mut self, succeeded: bool) {
+        let Some(number) = self.number.take() else { return };
+        let waiting = {
+            let mut turn = self.syncs.turn();
+            turn.taken = false;
+            if succeeded {
+                turn.succeeded = number;
+            }
+            std::mem::take(&mut turn.waiting)
+        };
+        waiting.into_iter().for_each(Waker::wake);
+    }
+
+    /// What to do, as long as nothing has failed.
+    fn next(&mut self, waker: &Waker) -> Poll<FlushStep> {
+        let mut turn = self.syncs.turn();
+        if turn.succeeded > self.before {
+            return Poll::Ready(FlushStep::Done);
+        }
+        if turn.taken {
+            if !turn.waiting.iter().any(|waiting| waiting.will_wake(waker)) {
+                turn.waiting.push(waker.clone());
+            }
+            return Poll::Pending;
+        }
+        turn.taken = true;
+        turn.begun += 1;
+        self.number = Some(turn.begun);
+        Poll::Ready(FlushStep::Sync(vec![Arc::clone(&self.storage)]))
+    }
 }
 
 impl Flush for RawFlush {
-    fn step(&mut self, last: Result<()>, _waker: &Waker) -> Poll<Result<FlushStep>> {
+    fn step(&mut self, last: Result<()>, waker: &Waker) -> Poll<Result<FlushStep>> {
+        if last.is_err() {
+            // Before the next one gets its turn.
+            self.syncs.failed.store(true, Ordering::Release);
+        }
+        self.end(last.is_ok());
         if let Err(error) = last {
-            self.failed.store(true, Ordering::Release);
             return Poll::Ready(Err(error.context("sync of the raw image failed for good")));
         }
-        Poll::Ready(check_latch(&self.failed).map(|()| {
-            if std::mem::replace(&mut self.synced, true) {
-                FlushStep::Done
-            } else {
-                FlushStep::Sync(vec![Arc::clone(&self.storage)])
-            }
-        }))
+        match self.syncs.check_latch() {
+            Ok(()) => self.next(waker).map(Ok),
+            Err(latched) => Poll::Ready(Err(latched)),
+        }
+    }
+}
+
+impl Drop for RawFlush {
+    fn drop(&mut self) {
+        self.end(false);
     }
 }
 
@@ -177,6 +247,48 @@ mod tests {
         assert_eq!(write_disk(&disk, u64::MAX, &[0; 2]).unwrap_err().kind(), ErrorKind::OutOfRange);
         let sealed = RawDisk::new(storage, true).unwrap();
         assert_eq!(write_disk(&sealed, 0, &[0; 2]).unwrap_err().kind(), ErrorKind::ReadOnly);
+    }
+
+    fn is_sync(step: Poll<Result<FlushStep>>) -> bool {
+        matches!(step, Poll::Ready(Ok(FlushStep::Sync(_))))
+    }
+
+    /// The kernel reports the lost page to the first flush, and would tell the second one that all is well.
+    #[test]
+    fn a_flush_at_the_same_time_as_one_that_fails_does_not_succeed() {
+        let (_, disk) = disk();
+        let (mut first, mut second) = (disk.flush(), disk.flush());
+        assert!(is_sync(first.step(Ok(()), Waker::noop())));
+        assert!(second.step(Ok(()), Waker::noop()).is_pending());
+        let lost = Err(Error::new(ErrorKind::Io, "a page was lost"));
+        assert!(matches!(first.step(lost, Waker::noop()), Poll::Ready(Err(_))));
+        let Poll::Ready(Err(error)) = second.step(Ok(()), Waker::noop()) else { panic!("it succeeded") };
+        assert_eq!(error.kind(), ErrorKind::Latched);
+    }
+
+    #[test]
+    fn flushes_that_wait_share_the_next_sync_and_not_the_one_under_way() {
+        let (_, disk) = disk();
+        let mut first = disk.flush();
+        assert!(is_sync(first.step(Ok(()), Waker::noop())));
+        // Asked for after the first one's sync began: what was written in between may not be in that one.
+        let (mut second, mut third) = (disk.flush(), disk.flush());
+        assert!(second.step(Ok(()), Waker::noop()).is_pending());
+        assert!(matches!(first.step(Ok(()), Waker::noop()), Poll::Ready(Ok(FlushStep::Done))));
+        assert!(is_sync(second.step(Ok(()), Waker::noop())));
+        assert!(third.step(Ok(()), Waker::noop()).is_pending());
+        assert!(matches!(second.step(Ok(()), Waker::noop()), Poll::Ready(Ok(FlushStep::Done))));
+        assert!(matches!(third.step(Ok(()), Waker::noop()), Poll::Ready(Ok(FlushStep::Done))));
+    }
+
+    #[test]
+    fn a_flush_that_is_given_up_gives_its_turn_to_the_next() {
+        let (_, disk) = disk();
+        let (mut first, mut second) = (disk.flush(), disk.flush());
+        assert!(is_sync(first.step(Ok(()), Waker::noop())));
+        assert!(second.step(Ok(()), Waker::noop()).is_pending());
+        drop(first);
+        assert!(is_sync(second.step(Ok(()), Waker::noop())));
     }
 
     #[test]
