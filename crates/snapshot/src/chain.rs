@@ -93,6 +93,11 @@ impl Chain {
         Some(frozen)
     }
 
+    /// The layer whose snapshot is taken and whose sync is not done.
+    pub(crate) fn sealing(&self) -> Option<Arc<Layer>> {
+        self.active.load().as_ref().and_then(|active| active.sealing.clone())
+    }
+
     /// The sealing layer is on stable storage: a guest's flush need not sync it any more.
     pub(crate) fn sealed(&self) {
         if let Some(active) = &*self.active.load() {
@@ -115,7 +120,8 @@ impl Chain {
         Ok(())
     }
 
-    fn closed(&self) -> Error {
+    /// What whoever needs the images is told while they are closed.
+    pub(crate) fn closed(&self) -> Error {
         Error::new(ErrorKind::Busy, format!("the images of disk {} are closed for maintenance", self.id))
     }
 

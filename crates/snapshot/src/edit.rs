@@ -2,7 +2,10 @@
 //!
 //! Both work on the state directory alone, with the disks' images closed. They change the images first where that
 //! does not show (a layer that is hidden by what is above it), then the manifest, then remove what it no longer
-//! names. A crash in between leaves either manifest with images that are right for it.
+//! names. A crash in between leaves either manifest, with images of which the disks read the same. What a merge
+//! spoils is the snapshot that is being deleted: the manifest says so before the merge begins.
+
+use std::sync::Arc;
 
 use block::{ByteRange, Context, Error, ErrorKind, Result, blocking, read_disk, write_disk};
 use hostio::Cache;
@@ -10,6 +13,7 @@ use qcow2::Place;
 
 use crate::layer::{Layer, MAX_PENDING};
 use crate::manifest::{LayerEntry, Manifest};
+use crate::model::Grade;
 use crate::store::Store;
 
 /// How much is copied at once.
@@ -22,29 +26,68 @@ pub(crate) fn delete(store: &Store, name: &str) -> Result<()> {
     for span in &spans {
         refuse_newer(&store.manifest(), name, span, "delete those first")?;
     }
-    for span in &spans {
-        let count = span.layer + 1 + span.above.len();
-        let layers = store.open_layers(&span.id, count, Cache::Writeback, Some(span.layer))?;
-        let (beneath, above) = layers.split_at(span.layer + 1);
-        let Some(target) = beneath.last() else { continue };
-        for layer in above {
-            merge_down(layer, target)?;
-        }
-        target.flush()?;
-    }
+    // All is opened before anything changes: an image that is in use is a reason to refuse.
+    let chains = spans.iter().map(|span| open_to_merge(store, span)).collect::<Result<Vec<_>>>()?;
     store.update(|manifest| {
-        for span in &spans {
-            truncate(manifest, span);
-        }
-        manifest.snapshots.retain(|snapshot| snapshot.name != name);
+        begin_deletion(manifest, name, &spans);
         Ok(())
     })?;
-    remove_above(store, &spans)
+    for layers in &chains {
+        merge_all(layers).context(|| "the deletion is not complete, delete the snapshot again")?;
+    }
+    drop(chains);
+    store.update(|manifest| {
+        spans.iter().for_each(|span| truncate(manifest, span));
+        manifest.forget(name);
+        Ok(())
+    })?;
+    remove_above(store, &spans);
+    Ok(())
+}
+
+/// The layer that holds the snapshot, open for writing, and those above it.
+fn open_to_merge(store: &Store, span: &Span) -> Result<Vec<Arc<Layer>>> {
+    let count = span.layer + 1 + span.above.len();
+    let layers = store
+        .open_layers(&span.id, count, Cache::Writeback, Some(span.layer))
+        .context(|| "an export, or another program, may still read the snapshot")?;
+    let layers = layers[span.layer..].to_vec();
+    let capacity = |layer: &Arc<Layer>| layer.disk().capacity();
+    match layers.windows(2).find(|pair| capacity(&pair[0]) != capacity(&pair[1])) {
+        None => Ok(layers),
+        Some(pair) => {
+            let [beneath, above] = [0, 1].map(|index| pair[index].entry.path.display());
+            let story =
+                format!("{beneath} and {above} are not of the same size: somebody has resized one of them");
+            Err(Error::new(ErrorKind::Unsupported, story))
+        }
+    }
+}
+
+/// From here on the images of the snapshot hold neither what they held nor yet what the disk shows.
+fn begin_deletion(manifest: &mut Manifest, name: &str, spans: &[Span]) {
+    manifest.deleting.insert(name.to_owned());
+    for snapshot in manifest.snapshots.iter_mut().filter(|snapshot| snapshot.name == name) {
+        snapshot.grade = Grade::Crash;
+        snapshot.reason = "its deletion was begun, its images hold it no more: delete it again".to_owned();
+    }
+    for span in spans {
+        let layers = manifest.disks.get_mut(&span.id).map(|disk| &mut disk.layers[..]).unwrap_or_default();
+        layers.iter_mut().skip(span.layer).take(1).for_each(|target| target.sealed = false);
+    }
+}
+
+/// Merges all layers into the first.
+fn merge_all(layers: &[Arc<Layer>]) -> Result<()> {
+    let Some((target, above)) = layers.split_first() else { return Ok(()) };
+    above.iter().try_for_each(|layer| merge_down(layer, target))?;
+    target.flush()
 }
 
 /// Brings the disks of a snapshot back to it: what was written since is gone. Newer snapshots of the same disks are
 /// lost with it, so they are refused unless `discard_newer` is set.
 pub(crate) fn revert(store: &Store, name: &str, discard_newer: bool) -> Result<()> {
+    store.manifest().intact(name)?;
     let spans = spans(&store.manifest(), name)?;
     if !discard_newer {
         for span in &spans {
@@ -57,34 +100,42 @@ pub(crate) fn revert(store: &Store, name: &str, discard_newer: bool) -> Result<(
         }
     }
     let mut overlays = Vec::new();
-    for span in &spans {
-        let layers = store.open_layers(&span.id, span.layer + 1, Cache::Writeback, None)?;
-        if let (Some(base), Some(top)) = (layers.first(), layers.last()) {
-            overlays.push((span.id.clone(), store.create_overlay(&span.id, base, top, Cache::Writeback)?));
-        }
-    }
-    let updated = store.update(|manifest| {
-        for span in &spans {
-            let lost: Vec<_> = manifest
-                .snapshots_from(&span.id, span.layer + 1)
-                .iter()
-                .map(|newer| newer.name.clone())
-                .collect();
-            manifest.snapshots.retain(|snapshot| !lost.contains(&snapshot.name));
-            truncate(manifest, span);
-        }
-        for (id, overlay) in &overlays {
-            manifest.push_layer(id, &overlay.entry);
-        }
-        Ok(())
+    let reverted = create_overlays(store, &spans, &mut overlays).and_then(|()| {
+        store.update(|manifest| {
+            for (span, overlay) in spans.iter().zip(&overlays) {
+                turn_back(manifest, span, &overlay.entry);
+            }
+            Ok(())
+        })
     });
-    if let Err(error) = updated {
-        for (id, overlay) in &overlays {
-            store.remove_layer(id, &overlay.entry)?;
+    match reverted {
+        Ok(()) => remove_above(store, &spans),
+        Err(_) => {
+            spans.iter().zip(&overlays).for_each(|(span, overlay)| store.discard(&span.id, &overlay.entry));
         }
-        return Err(error);
     }
-    remove_above(store, &spans)
+    reverted
+}
+
+/// Makes an overlay on the layer of each span. On an error, `overlays` has those that were made.
+fn create_overlays(store: &Store, spans: &[Span], overlays: &mut Vec<Arc<Layer>>) -> Result<()> {
+    for span in spans {
+        let layers = store.open_layers(&span.id, span.layer + 1, Cache::Writeback, None)?;
+        let (base, top) = (&layers[0], &layers[span.layer]);
+        overlays.push(store.create_overlay(&span.id, base, top, Cache::Writeback)?);
+    }
+    Ok(())
+}
+
+/// Cuts a disk's chain off above a snapshot, with the snapshots that lie there, and puts `overlay` on top.
+fn turn_back(manifest: &mut Manifest, span: &Span, overlay: &LayerEntry) {
+    let newer = manifest.snapshots_from(&span.id, span.layer + 1);
+    let lost: Vec<_> = newer.iter().map(|newer| newer.name.clone()).collect();
+    lost.iter().for_each(|name| manifest.forget(name));
+    if let Ok(disk) = manifest.disk(&span.id) {
+        let holder = disk.layers[span.layer].clone();
+        manifest.push_layer(&span.id, &holder, overlay);
+    }
 }
 
 /// One disk's part of a snapshot: the index of the layer that holds it, and what lies above.
@@ -124,11 +175,10 @@ fn truncate(manifest: &mut Manifest, span: &Span) {
     }
 }
 
-fn remove_above(store: &Store, spans: &[Span]) -> Result<()> {
+fn remove_above(store: &Store, spans: &[Span]) {
     for span in spans {
-        span.above.iter().try_for_each(|entry| store.remove_layer(&span.id, entry))?;
+        span.above.iter().for_each(|entry| store.discard(&span.id, entry));
     }
-    Ok(())
 }
 
 /// Writes what `layer` itself holds into `target`. Until the manifest drops `layer` it hides all of that.
@@ -136,7 +186,7 @@ fn merge_down(layer: &Layer, target: &Layer) -> Result<()> {
     let Some(image) = layer.image() else { return Ok(()) };
     let (from, to) = (layer.disk(), target.disk());
     let story = || format!("merge {} into {}", layer.entry.path.display(), target.entry.path.display());
-    let end = to.capacity().min(from.capacity());
+    let end = from.capacity();
     let (mut offset, mut buffer) = (0, Vec::new());
     while offset < end {
         let chunk = ByteRange { offset, len: CHUNK.min(end - offset) };

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::{ByteRange, Context, Disk, Error, ErrorKind, Result, Source, Storage, write_disk};
-use hostio::{Cache, HostFile};
+use hostio::{Cache, HostFile, Open};
 use qcow2::{CreateOptions, Image, Journal, Mode};
 
 use crate::layer::MAX_PENDING;
@@ -22,20 +22,46 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 /// Writes `disk` to the new file `out`. It appears under its name only when it is whole and on stable storage; on an
 /// error nothing is left behind. An existing file is never overwritten.
 pub(crate) fn export(disk: &dyn Disk, out: &Path, format: ImageFormat, progress: Progress<'_>) -> Result<()> {
-    if out.exists() {
-        let story = format!("{} exists already: remove it, or choose another name", out.display());
-        return Err(Error::new(ErrorKind::Busy, story));
-    }
+    refuse_existing(out)?;
     let partial = partial_name(out)?;
-    let written = write(disk, &partial, format, progress).and_then(|()| {
-        std::fs::rename(&partial, out).context(|| format!("rename {} to its name", partial.display()))?;
-        let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
-        hostio::sync_dir(folder.unwrap_or(Path::new(".")))
-    });
+    let file = create_partial(&partial)?;
+    let written = write(disk, file, format, progress).and_then(|()| publish(&partial, out));
     written.inspect_err(|_| {
         // The error to tell is the export's; a rest that can not be removed is named like one.
         let _ = std::fs::remove_file(&partial);
     })
+}
+
+/// Creates the file that an export writes. The rest of one that was killed is replaced; one that is being written is
+/// locked by whoever writes it.
+fn create_partial(path: &Path) -> Result<HostFile> {
+    let how = Open { writable: true, cache: Cache::Writeback };
+    let stale = match HostFile::open(path, how) {
+        Ok(stale) => Some(stale),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => return Err(error.context("is another export to the same file under way?")),
+    };
+    if stale.is_some() {
+        hostio::remove_file(path)?;
+    }
+    // The old one stays locked until here, so that two who find it do not remove each other's.
+    HostFile::create(path, Cache::Writeback)
+}
+
+/// Gives a whole, synced file its name, for good.
+fn publish(partial: &Path, out: &Path) -> Result<()> {
+    refuse_existing(out)?;
+    std::fs::rename(partial, out).context(|| format!("rename {} to its name", partial.display()))?;
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
+    hostio::sync_dir(folder.unwrap_or(Path::new(".")))
+}
+
+fn refuse_existing(out: &Path) -> Result<()> {
+    if out.symlink_metadata().is_err() {
+        return Ok(());
+    }
+    let story = format!("{} exists already: remove it, or choose another name", out.display());
+    Err(Error::new(ErrorKind::Busy, story))
 }
 
 fn partial_name(out: &Path) -> Result<PathBuf> {
@@ -47,10 +73,8 @@ fn partial_name(out: &Path) -> Result<PathBuf> {
     Ok(out.with_file_name(partial))
 }
 
-fn write(disk: &dyn Disk, path: &Path, format: ImageFormat, progress: Progress<'_>) -> Result<()> {
-    // The rest of an export that was killed.
-    hostio::remove_file(path)?;
-    let file = Arc::new(HostFile::create(path, Cache::Writeback)?);
+fn write(disk: &dyn Disk, file: HostFile, format: ImageFormat, progress: Progress<'_>) -> Result<()> {
+    let file = Arc::new(file);
     match format {
         ImageFormat::Raw => {
             file.set_len(disk.capacity())?;
@@ -200,7 +224,7 @@ mod tests {
         let out = folder.path().join("out.qcow2");
         let (bytes, disk) = disk();
         export(&disk, &out, ImageFormat::Qcow2, &mut |_, _| {}).unwrap();
-        let how = hostio::Open { writable: false, cache: Cache::Writeback };
+        let how = Open { writable: false, cache: Cache::Writeback };
         let image = Image::open(Arc::new(HostFile::open(&out, how).unwrap()), None, Mode::ReadOnly).unwrap();
         let mut found = vec![0; bytes.len()];
         read_disk(&image, 0, &mut found).unwrap();
@@ -223,5 +247,22 @@ mod tests {
         let out = folder.path().join("none.raw");
         export(&failing, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn two_exports_to_one_file_do_not_spoil_each_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let (out, partial) = (folder.path().join("out.raw"), folder.path().join("out.raw.partial"));
+        let (bytes, disk) = disk();
+        let first = create_partial(&partial).unwrap();
+        let error = export(&disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(partial.exists());
+        // The first one is killed, and leaves its file.
+        drop(first);
+        std::fs::write(&partial, "a rest").unwrap();
+        export(&disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap();
+        assert!(std::fs::read(&out).unwrap() == bytes);
+        assert!(!partial.exists());
     }
 }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use block::Result;
 use hostio::Cache;
-use tracing::warn;
 
 use crate::chain::Chain;
 use crate::cut::{Layers, PivotedLayers, PreparedLayers};
@@ -30,6 +29,8 @@ pub(crate) struct Group {
 /// One disk with its overlay: not in use yet.
 struct Prepared {
     chain: Arc<Chain>,
+    /// The layer that is active.
+    top: Arc<Layer>,
     overlay: Arc<Layer>,
 }
 
@@ -62,15 +63,16 @@ impl Group {
         for Served { chain, cache } in &self.disks {
             let (base, top) = {
                 let layers = chain.layers();
-                let Some((base, top)) = layers.first().zip(layers.last()) else { continue };
+                let ends = layers.first().zip(layers.last());
+                let (base, top) = ends.ok_or_else(|| chain.closed())?;
                 (Arc::clone(base), Arc::clone(top))
             };
             let overlay = self.store.create_overlay(chain.id(), &base, &top, *cache)?;
-            prepared.push(Prepared { chain: Arc::clone(chain), overlay });
+            prepared.push(Prepared { chain: Arc::clone(chain), top, overlay });
         }
         self.store.update(|manifest| {
             for disk in &*prepared {
-                manifest.push_layer(disk.chain.id(), &disk.overlay.entry);
+                manifest.push_layer(disk.chain.id(), &disk.top.entry, &disk.overlay.entry);
             }
             manifest.pending = Some(self.name.clone());
             Ok(())
@@ -80,11 +82,7 @@ impl Group {
 
 impl PreparedGroup {
     fn remove_overlays(&self) {
-        for disk in &self.disks {
-            if let Err(error) = self.store.remove_layer(disk.chain.id(), &disk.overlay.entry) {
-                warn!(%error, "an unused overlay is left behind");
-            }
-        }
+        self.disks.iter().for_each(|disk| self.store.discard(disk.chain.id(), &disk.overlay.entry));
     }
 }
 
@@ -124,22 +122,20 @@ impl PivotedLayers for PivotedGroup {
     }
 
     fn record(&mut self, record: &SnapshotRecord) -> Result<()> {
-        self.store.update(|manifest| {
-            manifest.pending = None;
-            match manifest.snapshots.iter_mut().find(|snapshot| snapshot.name == record.name) {
-                Some(known) => known.clone_from(record),
-                None => manifest.snapshots.push(record.clone()),
-            }
-            Ok(())
-        })
+        self.store.enter(record)
     }
 
     fn seal(&mut self) -> Result<()> {
-        for (chain, layer) in &self.disks {
-            layer.flush()?;
-            chain.sealed();
-            self.store.layer_sealed(chain.id(), layer)?;
-        }
-        Ok(())
+        // One that fails is no reason to leave the others unsynced.
+        self.disks.iter().map(|(chain, _)| seal(&self.store, chain)).fold(Ok(()), Result::and)
     }
+}
+
+/// Syncs the layer of the last snapshot, if that is still to be done.
+pub(crate) fn seal(store: &Store, chain: &Chain) -> Result<()> {
+    let Some(layer) = chain.sealing() else { return Ok(()) };
+    layer.flush()?;
+    store.layer_sealed(chain.id(), &layer)?;
+    chain.sealed();
+    Ok(())
 }

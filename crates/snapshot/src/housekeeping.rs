@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use crate::group::Served;
 use crate::layer::MAX_PENDING;
 use crate::manager::Prepared;
 use crate::model::Event;
+use crate::store::Store;
 
 /// How often it looks. It is also how late a lease may end.
 const PERIOD: Duration = Duration::from_millis(100);
@@ -34,7 +35,10 @@ pub(crate) struct Housekeeping {
 
 /// What it looks after.
 pub(crate) struct Duties {
+    pub(crate) store: Arc<Store>,
     pub(crate) disks: Vec<Served>,
+    /// See [`Manager`](crate::Manager): held while a chain or its manifest is changed.
+    pub(crate) change: Arc<Mutex<bool>>,
     pub(crate) held: Arc<Mutex<Option<Prepared>>>,
     pub(crate) bus: Arc<Bus>,
 }
@@ -69,13 +73,27 @@ impl Drop for Housekeeping {
     }
 }
 
+/// Where room is needed: for the layers of each disk, and for the journals.
+pub(crate) fn growth_folders<'a>(
+    store: &Store,
+    disks: impl Iterator<Item = &'a Served>,
+) -> BTreeSet<PathBuf> {
+    let mut folders = BTreeSet::from([store.file("")]);
+    folders
+        .extend(disks.filter_map(|disk| disk.chain.layers().first().map(|base| store.growth_folder(base))));
+    folders
+}
+
 impl Duties {
     /// Undoes a prepared snapshot that nobody has released in time.
     fn end_lease(&self) {
-        let ended = {
-            let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-            held.take_if(|prepared| prepared.until <= Instant::now())
-        };
+        let is_over = |prepared: &mut Prepared| prepared.until <= Instant::now();
+        if !self.held().as_mut().is_some_and(is_over) {
+            return;
+        }
+        // As any other undo; whoever has this lock is about to release or abort the same.
+        let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = self.held().take_if(is_over);
         if let Some(prepared) = ended {
             info!(snapshot = prepared.name, "the lease of a prepared snapshot has ended: it is undone");
             if let Err(error) = prepared.held.abort("its lease has ended") {
@@ -84,7 +102,16 @@ impl Duties {
         }
     }
 
+    fn held(&self) -> MutexGuard<'_, Option<Prepared>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn write_tables_out(&self) {
+        // A chain whose images are being closed must not be held open by a flush; the next time will do.
+        let change = self.change.try_lock();
+        if matches!(change, Err(TryLockError::WouldBlock)) {
+            return;
+        }
         for Served { chain, .. } in &self.disks {
             let pending = chain.top().map_or(0, |top| top.pending());
             if pending > MAX_PENDING
@@ -97,9 +124,7 @@ impl Duties {
 
     /// Tells, once, of each folder whose room has become low.
     fn watch_space(&self, low: &mut BTreeSet<PathBuf>) {
-        let tops = self.disks.iter().filter_map(|disk| disk.chain.top());
-        let folders: BTreeSet<_> = tops.filter_map(|top| Some(top.entry.path.parent()?.to_owned())).collect();
-        for path in folders {
+        for path in growth_folders(&self.store, self.disks.iter()) {
             let free = match hostio::free_space(&path) {
                 Ok(free) => free,
                 Err(error) => {

@@ -176,11 +176,6 @@ impl JournalFolder {
         Journal::open(open(a)?, open(b)?, &self.boot_id)
     }
 
-    /// Whether the layer was open for writing when the daemon last ended without sealing it.
-    pub(crate) fn exists(&self, id: &str, number: u32) -> bool {
-        self.files(id, number).iter().any(|path| path.exists())
-    }
-
     /// Takes the journal of a layer away that has been sealed and flushed, or that is no more.
     pub(crate) fn remove(&self, id: &str, number: u32) -> Result<()> {
         self.files(id, number).iter().try_for_each(|path| hostio::remove_file(path))

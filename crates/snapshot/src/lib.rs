@@ -13,6 +13,7 @@ mod manager;
 mod manifest;
 mod model;
 pub mod probe;
+mod request;
 mod store;
 
 pub use chain::Chain;
@@ -23,7 +24,7 @@ pub use cut::{
     PivotedLayers, PreparedLayers, SystemClock, ThawOutcome, grade,
 };
 pub use export::Progress;
-pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, Manager};
+pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager};
 pub use model::{
     CreateRequest, DiskStatus, Event, FreezeOwner, FreezePolicy, Grade, ImageFormat, SnapshotDisk,
     SnapshotRecord, Step, Timing, millis,

@@ -3,25 +3,30 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use block::{Context, Disk, Error, ErrorKind, Result};
 use hostio::Cache;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::chain::Chain;
-use crate::cut::{Collector, Cut, CutPlan, CutPorts, Freezer, GateGroup, Guest, Held, Limits, SystemClock};
+use crate::cut::{
+    Collector, Cut, CutPlan, CutPorts, Events, Freezer, GateGroup, Guest, Held, Limits, SystemClock,
+};
 use crate::debts::DebtFile;
 use crate::edit;
 use crate::events::Bus;
 use crate::export::{self, Progress};
-use crate::group::{Group, Served};
-use crate::housekeeping::{Duties, Housekeeping};
+use crate::group::{Group, Served, seal};
+use crate::housekeeping::{Duties, Housekeeping, growth_folders};
+use crate::layer::Layer;
 use crate::model::{
     CreateRequest, DiskStatus, Event, FreezeOwner, FreezePolicy, ImageFormat, SnapshotDisk, SnapshotRecord,
 };
 use crate::probe::{self, FsVerdict};
+use crate::request;
 use crate::store::Store;
 
 /// The *thaw owed* record in the state directory.
@@ -31,7 +36,7 @@ const THAW_OWED: &str = "thaw-owed.json";
 const MAINTENANCE_DRAIN: Duration = Duration::from_secs(5);
 
 /// The longest lease of a prepared snapshot: the guest's disks stand still as long.
-const MAX_LEASE: Duration = Duration::from_secs(30);
+pub const MAX_LEASE: Duration = Duration::from_secs(30);
 
 /// A disk to serve.
 #[derive(Clone, Debug)]
@@ -68,8 +73,8 @@ pub struct Manager {
     freezer: Option<Arc<Freezer>>,
     bus: Arc<Bus>,
     held: Arc<Mutex<Option<Prepared>>>,
-    /// Held by whoever changes a chain.
-    change: Mutex<()>,
+    /// Held by whoever changes a chain or its manifest; true once no more changes are taken.
+    change: Arc<Mutex<bool>>,
     housekeeping: Option<Housekeeping>,
     _collector: Option<Collector>,
 }
@@ -107,11 +112,11 @@ impl Manager {
             served.insert(disk.id.clone(), Served { chain, cache: disk.cache });
         }
         let mut manager = Self::assemble(store, served, defaults, guest)?;
-        // Chains that this run does not serve are recovered when they are opened.
-        if manager.store.manifest().disks.keys().all(|id| manager.disks.contains_key(id)) {
-            manager.store.all_sealed()?;
-        }
+        // Opening the chains has synced them; those that this run does not serve are when they are opened.
+        manager.mark_sealed()?;
         let duties = Duties {
+            store: Arc::clone(&manager.store),
+            change: Arc::clone(&manager.change),
             disks: manager.disks.values().cloned().collect(),
             held: Arc::clone(&manager.held),
             bus: Arc::clone(&manager.bus),
@@ -136,6 +141,11 @@ impl Manager {
         guest: Option<Box<dyn Guest>>,
     ) -> Result<Self> {
         let bus = Arc::new(Bus::default());
+        if guest.is_none() && store.file(THAW_OWED).exists() {
+            warn!(
+                "a guest may be frozen since an earlier run, and there is no agent to thaw it: give --agent"
+            );
+        }
         let freezer = guest.map(|guest| {
             let debts = Box::new(DebtFile(store.file(THAW_OWED)));
             Freezer::new(guest, debts, Arc::new(SystemClock), Arc::clone(&bus) as _, Limits::default())
@@ -148,7 +158,7 @@ impl Manager {
             freezer,
             bus,
             held: Arc::default(),
-            change: Mutex::default(),
+            change: Arc::default(),
             housekeeping: None,
             _collector: collector,
         })
@@ -189,14 +199,14 @@ impl Manager {
 
     /// Completes a prepared snapshot; returns once it is sealed.
     pub fn release(&self, name: &str) -> Result<SnapshotRecord> {
-        let _change = self.lock_change();
-        self.take_prepared(name)?.held.release()
+        let (_change, prepared) = self.take_prepared(name)?;
+        prepared.held.release()
     }
 
     /// Undoes a prepared snapshot.
     pub fn abort(&self, name: &str) -> Result<()> {
-        let _change = self.lock_change();
-        self.take_prepared(name)?.held.abort("it was aborted")
+        let (_change, prepared) = self.take_prepared(name)?;
+        prepared.held.abort("it was aborted")
     }
 
     /// All snapshots, the oldest first.
@@ -259,42 +269,79 @@ impl Manager {
         self.store.file(THAW_OWED).exists()
     }
 
-    /// Bytes left where there are fewest for the layers to grow.
+    /// Bytes left where there are fewest, for the layers and the journals to grow.
     pub fn free_space(&self) -> Result<u64> {
-        let tops = self.disks.values().filter_map(|disk| disk.chain.top());
-        let mut least = hostio::free_space(&self.store.file(""))?;
-        for top in tops {
-            least = least.min(hostio::free_space(&top.entry.path)?);
-        }
-        Ok(least)
+        let folders = growth_folders(&self.store, self.disks.values());
+        let free = folders.iter().map(|folder| hostio::free_space(folder));
+        free.reduce(|least, free| Ok(least?.min(free?))).unwrap_or(Ok(0))
     }
 
-    /// The end of the daemon: undoes what is prepared, and brings all that was acknowledged onto stable storage. No
-    /// front-end is served any more.
+    /// The first half of the daemon's end: takes no more changes, waits for the one under way, and undoes what is
+    /// prepared. The disks are still being served, for a guest can hardly thaw without them. An error says what could
+    /// not be undone.
+    pub fn end_changes(&self) -> Result<()> {
+        let mut change = self.lock_change();
+        *change = true;
+        match self.held().take() {
+            Some(prepared) => prepared.held.abort("the daemon ends"),
+            None => Ok(()),
+        }
+    }
+
+    /// The second half: brings all that was acknowledged onto stable storage. No front-end is served any more. A disk
+    /// that fails does not keep the others from it; the first failure is told.
     pub fn shut_down(&self) -> Result<()> {
-        let _change = self.lock_change();
-        if let Some(prepared) = self.held().take() {
-            prepared.held.abort("the daemon ends")?;
-        }
-        self.disks.values().try_for_each(|disk| match disk.chain.read_only() {
-            true => Ok(()),
-            false => disk.chain.flush().run(),
-        })
+        let ended = self.end_changes();
+        let writable = self.disks.values().filter(|disk| !disk.chain.read_only());
+        let flushed = writable.map(|disk| disk.chain.flush().run()).fold(Ok(()), Result::and);
+        flushed.and(self.finish_seals()).and(ended)
     }
 
-    /// Refuses a change while a snapshot is prepared; waits for one that is under way, which is bounded.
-    fn begin(&self) -> Result<MutexGuard<'_, ()>> {
-        let change = self.lock_change();
+    /// Does the seals that failed: no cut, and no end, may go on as if those layers were on stable storage.
+    fn finish_seals(&self) -> Result<()> {
+        for disk in self.disks.values() {
+            let story = || format!("the last snapshot of disk {} is not on stable storage", disk.chain.id());
+            seal(&self.store, &disk.chain).context(story)?;
+        }
+        self.mark_sealed()
+    }
+
+    /// Remembers that all layers beneath the active ones are on stable storage.
+    fn mark_sealed(&self) -> Result<()> {
+        let written = |disk: &Served| disk.chain.top().filter(|_| !disk.chain.read_only());
+        let open = self.disks.iter().filter(|(_, disk)| !disk.chain.layers().is_empty());
+        let disks = open.map(|(id, disk)| (id.as_str(), written(disk).map(|top| top.entry.number)));
+        for name in self.store.mark_sealed(disks)? {
+            self.bus.emit(Event::Sealed { name });
+        }
+        Ok(())
+    }
+
+    /// The right to change chains. Refused while a snapshot is prepared or another change is under way: a client shall
+    /// not wait for another one's guest.
+    fn begin(&self) -> Result<MutexGuard<'_, bool>> {
+        let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
+        let change = match self.change.try_lock() {
+            Ok(change) => change,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return busy(
+                    "another snapshot, delete or revert is under way: try again after it".to_owned(),
+                );
+            }
+        };
+        if *change {
+            return busy("the daemon is ending".to_owned());
+        }
         match &*self.held() {
             None => Ok(change),
             Some(prepared) => {
-                let story = format!("snapshot '{}' is prepared: release or abort it first", prepared.name);
-                Err(Error::new(ErrorKind::Busy, story))
+                busy(format!("snapshot '{}' is prepared: release or abort it first", prepared.name))
             }
         }
     }
 
-    fn lock_change(&self) -> MutexGuard<'_, ()> {
+    fn lock_change(&self) -> MutexGuard<'_, bool> {
         self.change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -302,21 +349,31 @@ impl Manager {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take_prepared(&self, name: &str) -> Result<Prepared> {
-        self.held().take_if(|prepared| prepared.name == name).ok_or_else(|| {
+    /// Takes what is prepared, with the right to change chains.
+    fn take_prepared(&self, name: &str) -> Result<(MutexGuard<'_, bool>, Prepared)> {
+        let is_it = |prepared: &mut Prepared| prepared.name == name;
+        let missing = || {
             let story = format!("no snapshot '{name}' is prepared (its lease may have ended)");
             Error::new(ErrorKind::NotFound, story)
-        })
+        };
+        if !self.held().as_mut().is_some_and(is_it) {
+            return Err(missing());
+        }
+        // While something is prepared, only the end of it can be under way.
+        let change = self.lock_change();
+        let prepared = self.held().take_if(is_it).ok_or_else(missing)?;
+        Ok((change, prepared))
     }
 
     /// The cut that a request asks for, and the layers of its disks.
     fn plan(&self, request: CreateRequest) -> Result<(Cut, Group)> {
-        check_name(&request.name)?;
+        request::check_name(&request.name)?;
         if self.store.manifest().snapshot(&request.name).is_ok() {
             let story = format!("there is a snapshot '{}' already: choose another name", request.name);
             return Err(Error::new(ErrorKind::Busy, story));
         }
-        let disks = self.choose(request.disks.as_deref())?;
+        let disks = request::choose(&self.disks, request.disks.as_deref())?;
+        self.finish_seals()?;
         let plan = CutPlan {
             name: request.name.clone(),
             policy: request.freeze.unwrap_or(self.defaults.policy),
@@ -332,50 +389,23 @@ impl Manager {
         Ok((Cut::new(plan, ports), Group { store: Arc::clone(&self.store), name: request.name, disks }))
     }
 
-    /// The disks of a request: those named, or all that can change.
-    fn choose(&self, wanted: Option<&[String]>) -> Result<Vec<Served>> {
-        let refuse = |kind, story: String| Err(Error::new(kind, story));
-        let Some(wanted) = wanted else {
-            let all: Vec<_> = self.disks.values().filter(|disk| !disk.chain.read_only()).cloned().collect();
-            return match all.is_empty() {
-                true => refuse(ErrorKind::InvalidInput, "no writable disk is served".to_owned()),
-                false => Ok(all),
-            };
-        };
-        let mut chosen = BTreeMap::new();
-        for id in wanted {
-            let Some(disk) = self.disks.get(id) else {
-                let known: Vec<_> = self.disks.keys().map(String::as_str).collect();
-                return refuse(
-                    ErrorKind::NotFound,
-                    format!("there is no disk '{id}', only {}", known.join(", ")),
-                );
-            };
-            if disk.chain.read_only() {
-                return refuse(
-                    ErrorKind::ReadOnly,
-                    format!("disk '{id}' is read-only: it has one state for ever"),
-                );
-            }
-            if chosen.insert(id, disk.clone()).is_some() {
-                return refuse(ErrorKind::InvalidInput, format!("disk '{id}' is named twice"));
-            }
-        }
-        match chosen.is_empty() {
-            true => refuse(ErrorKind::InvalidInput, "the list of disks is empty".to_owned()),
-            false => Ok(chosen.into_values().collect()),
-        }
-    }
-
     fn snapshot_disk(&self, name: &str, id: &str) -> Result<Arc<dyn Disk>> {
-        let index = self.store.manifest().layer_of(name, id)?;
+        let place = || {
+            let manifest = self.store.manifest();
+            manifest.intact(name).and_then(|_| manifest.layer_of(name, id))
+        };
+        let maintained = || Error::new(ErrorKind::Busy, format!("disk {id} is being maintained"));
+        let index = place()?;
         let open = match self.disks.get(id) {
             Some(disk) => disk.chain.layers().get(index).cloned(),
             None => self.store.open_layers(id, index + 1, Cache::Writeback, None)?.pop(),
         };
-        let layer =
-            open.ok_or_else(|| Error::new(ErrorKind::Busy, format!("disk {id} is being maintained")))?;
-        Ok(layer.disk())
+        let layer = open.ok_or_else(maintained)?;
+        // A delete may have come in between. One that comes from here on finds the image in use.
+        match place()? == index {
+            true => Ok(layer.disk()),
+            false => Err(maintained()),
+        }
     }
 
     /// Runs `work` on the state directory with the images of a snapshot's disks closed.
@@ -393,38 +423,25 @@ impl Manager {
         disks.iter().try_for_each(|disk| disk.chain.flush().run())?;
         disks.iter().for_each(|disk| disk.chain.detach());
         let worked = work(&self.store);
-        for disk in &disks {
+        let attach = |disk: &&Served| {
             let story = || format!("disk {} stays closed: restart the daemon", disk.chain.id());
-            attach_again(&self.store, disk).context(story)?;
-        }
-        worked
+            let layers = open_layers(&self.store, disk.chain.id(), disk.cache, disk.chain.read_only());
+            layers.and_then(|layers| disk.chain.attach(layers)).context(story)
+        };
+        disks.iter().map(attach).fold(Ok(()), Result::and).and(worked)
     }
 }
 
-/// Opens a disk's chain as the manifest has it.
+/// Opens a disk's chain, which is made if the disk is new.
 fn open_chain(store: &Store, disk: &DiskConfig) -> Result<Chain> {
     let what = || format!("disk {}", disk.id);
-    store.declare(&disk.id, &disk.path, disk.format).context(what)?;
-    let count = store.manifest().disk(&disk.id)?.layers.len();
-    let writable = (!disk.read_only).then_some(count - 1);
-    let layers = store.open_layers(&disk.id, count, disk.cache, writable).context(what)?;
+    store.declare(&disk.id, &disk.path, disk.format, disk.cache, disk.read_only).context(what)?;
+    let layers = open_layers(store, &disk.id, disk.cache, disk.read_only).context(what)?;
     Chain::new(&disk.id, disk.read_only, layers)
 }
 
-fn attach_again(store: &Store, disk: &Served) -> Result<()> {
-    let id = disk.chain.id();
+/// Opens a disk's layers as the manifest has them, the last one for writing unless the disk is read-only.
+fn open_layers(store: &Store, id: &str, cache: Cache, read_only: bool) -> Result<Vec<Arc<Layer>>> {
     let count = store.manifest().disk(id)?.layers.len();
-    disk.chain.attach(store.open_layers(id, count, disk.cache, Some(count - 1))?)
-}
-
-/// Snapshot names are shown, logged and typed, and may become parts of file names.
-fn check_name(name: &str) -> Result<()> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    let starts_well = name.bytes().next().is_some_and(|first| !b"-.".contains(&first));
-    if starts_well && name.len() <= 64 && name.bytes().all(allowed) {
-        return Ok(());
-    }
-    let story =
-        "a snapshot's name has 1 to 64 letters, digits, '-', '_' or '.', and starts with neither '-' nor '.'";
-    Err(Error::new(ErrorKind::InvalidInput, story))
+    store.open_layers(id, count, cache, (!read_only).then_some(count - 1))
 }

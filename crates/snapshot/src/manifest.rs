@@ -4,7 +4,7 @@
 //! the overlay is used: an empty overlay reads the same as the layer beneath, so whichever of the two manifests a
 //! crash leaves, the chain it names holds what the guest wrote.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use block::{Context, Error, ErrorKind, Result};
@@ -30,6 +30,9 @@ pub(crate) struct Manifest {
     /// The snapshot whose overlays are prepared, while its cut is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) pending: Option<String>,
+    /// Snapshots whose deletion was begun: their images hold a mixture of then and now.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub(crate) deleting: BTreeSet<String>,
 }
 
 /// One disk's images.
@@ -52,13 +55,24 @@ pub(crate) struct LayerEntry {
     pub(crate) format: ImageFormat,
     /// Its number; the base is 0.
     pub(crate) number: u32,
+    /// Whether it is on stable storage, with its tables. Until then it is brought there before it is only read: no
+    /// flush of the guest would reach it any more.
+    #[serde(default)]
+    pub(crate) sealed: bool,
 }
 
 impl Manifest {
     /// One that knows nothing yet.
     pub(crate) fn empty(boot_id: &str) -> Self {
         let boot_id = boot_id.to_owned();
-        Self { version: VERSION, boot_id, disks: BTreeMap::new(), snapshots: Vec::new(), pending: None }
+        Self {
+            version: VERSION,
+            boot_id,
+            disks: BTreeMap::new(),
+            snapshots: Vec::new(),
+            pending: None,
+            deleting: BTreeSet::new(),
+        }
     }
 
     /// The manifest in `path`, or `None` if there is none.
@@ -120,10 +134,42 @@ impl Manifest {
         })
     }
 
-    /// Puts a new overlay on top of a disk's chain.
-    pub(crate) fn push_layer(&mut self, id: &str, entry: &LayerEntry) {
+    /// The snapshot of that name, if its images still hold it.
+    pub(crate) fn intact(&self, name: &str) -> Result<&SnapshotRecord> {
+        let snapshot = self.snapshot(name)?;
+        if self.deleting.contains(name) {
+            let story =
+                format!("deleting snapshot '{name}' was begun, its images hold it no more: delete it again");
+            return Err(Error::new(ErrorKind::Busy, story));
+        }
+        Ok(snapshot)
+    }
+
+    /// Enters a snapshot that was taken, or its new state.
+    pub(crate) fn enter(&mut self, record: &SnapshotRecord) {
+        self.pending = None;
+        for disk in record.disks.iter().filter(|_| record.sealed) {
+            let layers = self.disks.get_mut(&disk.id).map(|disk| &mut disk.layers[..]).unwrap_or_default();
+            layers.iter_mut().filter(|layer| layer.path == disk.path).for_each(|layer| layer.sealed = true);
+        }
+        match self.snapshots.iter_mut().find(|snapshot| snapshot.name == record.name) {
+            Some(known) => known.clone_from(record),
+            None => self.snapshots.push(record.clone()),
+        }
+    }
+
+    /// Takes a snapshot off the list.
+    pub(crate) fn forget(&mut self, name: &str) {
+        self.snapshots.retain(|snapshot| snapshot.name != name);
+        self.deleting.remove(name);
+    }
+
+    /// Puts a new overlay on `beneath`, the layer that is active: what an undo could not take off again is not.
+    pub(crate) fn push_layer(&mut self, id: &str, beneath: &LayerEntry, entry: &LayerEntry) {
         if let Some(disk) = self.disks.get_mut(id) {
             disk.next = disk.next.max(entry.number + 1);
+            let active = disk.layers.iter().position(|layer| layer.number == beneath.number);
+            disk.layers.truncate(active.map_or(usize::MAX, |active| active + 1));
             disk.layers.push(entry.clone());
         }
     }
@@ -131,7 +177,7 @@ impl Manifest {
     /// Takes it off again; its number stays used.
     pub(crate) fn pop_layer(&mut self, id: &str, entry: &LayerEntry) {
         if let Some(disk) = self.disks.get_mut(id) {
-            disk.layers.retain(|layer| layer != entry);
+            disk.layers.retain(|layer| layer.number != entry.number);
         }
     }
 
@@ -158,7 +204,8 @@ mod tests {
         let path = folder.path().join("manifest.json");
         assert_eq!(Manifest::load(&path).unwrap(), None);
         let mut manifest = Manifest::empty("boot");
-        let layer = LayerEntry { path: "/images/a.raw".into(), format: ImageFormat::Raw, number: 0 };
+        let layer =
+            LayerEntry { path: "/images/a.raw".into(), format: ImageFormat::Raw, number: 0, sealed: false };
         manifest.disks.insert("vda".into(), DiskEntry { layers: vec![layer], next: 1 });
         manifest.store(&path).unwrap();
         assert_eq!(Manifest::load(&path).unwrap(), Some(manifest));

@@ -76,9 +76,10 @@ pub struct Timing {
     pub longest_wait: f64,
 }
 
-/// A [`Duration`] as [`Timing`] counts.
+/// A [`Duration`] as [`Timing`] counts. One division, so that it prints with the digits that were measured and no more
+/// (0.000652, not 0.0006519999999999999).
 pub fn millis(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
+    duration.as_nanos() as f64 / 1e6
 }
 
 /// One disk's share of a snapshot: the image that now holds the frozen state.
@@ -260,4 +261,19 @@ pub struct DiskStatus {
     pub connected: bool,
     /// The chain's images, the base first, the active layer last.
     pub layers: Vec<SnapshotDisk>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn milliseconds_have_no_digits_that_nobody_measured() {
+        for nanos in (1..10_000).chain([1_000_000_000_001, 3_725_392]) {
+            let text = millis(Duration::from_nanos(nanos)).to_string();
+            let decimals = text.split_once('.').map_or(0, |(_, decimals)| decimals.len());
+            assert!(decimals <= 6, "{nanos} ns are told as {text} ms");
+        }
+        assert_eq!(millis(Duration::from_micros(1500)), 1.5);
+    }
 }

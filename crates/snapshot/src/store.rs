@@ -8,7 +8,8 @@
 //! STATE/layers/          overlays of disks whose base is not a regular file
 //! ```
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::collections::BTreeSet;
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,7 +21,7 @@ use tracing::warn;
 
 use crate::layer::{Access, JournalFolder, Layer};
 use crate::manifest::{DiskEntry, LayerEntry, Manifest};
-use crate::model::ImageFormat;
+use crate::model::{ImageFormat, SnapshotRecord};
 
 /// How many numbers are tried for an overlay whose file name is taken by the rest of a crashed attempt.
 const MAX_LEFTOVERS: u32 = 1000;
@@ -32,6 +33,8 @@ pub(crate) struct Store {
     _lock: File,
     journals: JournalFolder,
     manifest: Mutex<Manifest>,
+    /// Held by whoever changes the manifest, as long as the change is being written.
+    writing: Mutex<()>,
 }
 
 impl Store {
@@ -47,7 +50,7 @@ impl Store {
         let loaded = Manifest::load(&folder.join("manifest.json"))?;
         let journals = JournalFolder { path: folder.join("journal"), boot_id: boot_id.clone() };
         let manifest = Mutex::new(Manifest::empty(&boot_id));
-        let store = Self { folder, _lock: lock, journals, manifest };
+        let store = Self { folder, _lock: lock, journals, manifest, writing: Mutex::default() };
         if let Some(manifest) = loaded {
             *store.manifest() = manifest;
             store.settle(&boot_id)?;
@@ -57,23 +60,25 @@ impl Store {
 
     /// Undoes what the last process left half done.
     fn settle(&self, boot_id: &str) -> Result<()> {
+        let mut settled = self.manifest().clone();
+        if let Some(name) = settled.pending.take() {
+            // Its overlay stays: whether or not the guest wrote to it, the chain reads right.
+            warn!(snapshot = name, "the daemon ended during this snapshot's cut: it was not taken");
+        }
+        let rebooted = settled.boot_id != boot_id;
+        let is_lost = |snapshot: &&SnapshotRecord| rebooted && !snapshot.sealed;
+        let lost: Vec<_> = settled.snapshots.iter().filter(is_lost).map(|lost| lost.name.clone()).collect();
+        for name in lost {
+            warn!(snapshot = name, "the host went down before this snapshot was synced: dropped");
+            settled.forget(&name);
+        }
+        boot_id.clone_into(&mut settled.boot_id);
+        // A state directory that can not be written can still be read.
+        if settled == *self.manifest() {
+            return Ok(());
+        }
         self.update(|manifest| {
-            if let Some(name) = manifest.pending.take() {
-                // Its overlay stays: whether or not the guest wrote to it, the chain reads right.
-                warn!(snapshot = name, "the daemon ended during this snapshot's cut: it was not taken");
-            }
-            let rebooted = manifest.boot_id != boot_id;
-            manifest.snapshots.retain(|snapshot| {
-                let lost = rebooted && !snapshot.sealed;
-                if lost {
-                    warn!(
-                        snapshot = snapshot.name,
-                        "the host went down before this snapshot was synced: dropped"
-                    );
-                }
-                !lost
-            });
-            boot_id.clone_into(&mut manifest.boot_id);
+            *manifest = settled;
             Ok(())
         })
     }
@@ -88,18 +93,41 @@ impl Store {
         self.manifest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the manifest, on disk first. On an error nothing has changed.
+    /// Changes the manifest, on disk first. On an error nothing has changed. Nobody who reads it waits for the disk.
     pub(crate) fn update(&self, change: impl FnOnce(&mut Manifest) -> Result<()>) -> Result<()> {
-        let mut manifest = self.manifest();
-        let mut changed = manifest.clone();
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.manifest().clone();
+        let mut changed = known.clone();
         change(&mut changed)?;
-        changed.store(&self.folder.join("manifest.json"))?;
-        *manifest = changed;
+        let path = self.file("manifest.json");
+        if let Err(error) = changed.store(&path) {
+            // It may stand under its name all the same, and the caller is about to remove what it names.
+            let _ = known.store(&path);
+            return Err(error);
+        }
+        *self.manifest() = changed;
         Ok(())
     }
 
+    /// Enters a snapshot that was taken, which can not be undone: if it can not be written now, the next change of
+    /// the manifest writes it.
+    pub(crate) fn enter(&self, record: &SnapshotRecord) -> Result<()> {
+        let written = self.update(|manifest| {
+            manifest.enter(record);
+            Ok(())
+        });
+        written.inspect_err(|_| self.manifest().enter(&SnapshotRecord { sealed: false, ..record.clone() }))
+    }
+
     /// Makes the disk known with this base image; if it is known already, the base must be the same.
-    pub(crate) fn declare(&self, id: &str, path: &Path, format: ImageFormat) -> Result<()> {
+    pub(crate) fn declare(
+        &self,
+        id: &str,
+        path: &Path,
+        format: ImageFormat,
+        cache: Cache,
+        read_only: bool,
+    ) -> Result<()> {
         // Not resolved further: a device's stable name must stay, what it links to changes with each boot.
         let path = std::path::absolute(path).context(|| format!("disk {id}: {}", path.display()))?;
         if let Ok(known) = self.manifest().disk(id) {
@@ -116,9 +144,12 @@ impl Store {
             );
             return Err(Error::new(ErrorKind::InvalidInput, story));
         }
-        let layers = vec![LayerEntry { path, format, number: 0 }];
+        let base = LayerEntry { path, format, number: 0, sealed: read_only };
+        // Opened before it is remembered: a mistake must not be.
+        let access = if read_only { Access::Read } else { Access::Write { journals: &self.journals } };
+        Layer::open(id, &base, None, cache, access)?;
         self.update(|manifest| {
-            manifest.disks.insert(id.to_owned(), DiskEntry { layers, next: 1 });
+            manifest.disks.insert(id.to_owned(), DiskEntry { layers: vec![base], next: 1 });
             Ok(())
         })
     }
@@ -137,19 +168,13 @@ impl Store {
         for (index, entry) in entries.iter().take(count).enumerate() {
             let backing = || layers.last().map(|layer| layer.disk());
             let is_writable = writable == Some(index);
-            if !is_writable && (self.journals.exists(id, entry.number) || self.is_unsealed(entry)) {
+            if !is_writable && !entry.sealed {
                 self.recover(id, entry, backing())?;
             }
             let access = if is_writable { Access::Write { journals: &self.journals } } else { Access::Read };
             layers.push(Arc::new(Layer::open(id, entry, backing(), cache, access)?));
         }
         Ok(layers)
-    }
-
-    fn is_unsealed(&self, entry: &LayerEntry) -> bool {
-        let manifest = self.manifest();
-        let mut unsealed = manifest.snapshots.iter().filter(|snapshot| !snapshot.sealed);
-        unsealed.any(|snapshot| snapshot.disks.iter().any(|disk| disk.path == entry.path))
     }
 
     /// Does the SEAL that a killed process could not: what it acknowledged goes from the journal into the image.
@@ -159,19 +184,46 @@ impl Store {
         self.journals.remove(id, entry.number)
     }
 
-    /// Marks all snapshots sealed whose layers [`open_layers`](Self::open_layers) has recovered.
-    pub(crate) fn all_sealed(&self) -> Result<()> {
-        if self.manifest().snapshots.iter().all(|snapshot| snapshot.sealed) {
-            return Ok(());
+    /// Remembers that all layers of these disks are on stable storage, but for the one that is written, which is given
+    /// by its number: they were synced by [`open_layers`](Self::open_layers) or by a seal. Tells which snapshots that
+    /// completes.
+    pub(crate) fn mark_sealed<'a>(
+        &self,
+        disks: impl Iterator<Item = (&'a str, Option<u32>)>,
+    ) -> Result<Vec<String>> {
+        let mut marked = self.manifest().clone();
+        for (id, written) in disks {
+            let layers = marked.disks.get_mut(id).map(|disk| &mut disk.layers[..]).unwrap_or_default();
+            let end = layers.iter().position(|layer| Some(layer.number) == written).unwrap_or(layers.len());
+            layers.iter_mut().enumerate().for_each(|(index, layer)| layer.sealed = index < end);
         }
-        self.update(|manifest| {
-            manifest.snapshots.iter_mut().for_each(|snapshot| snapshot.sealed = true);
-            Ok(())
-        })
+        let layers = marked.disks.values().flat_map(|disk| &disk.layers);
+        let sealed: BTreeSet<_> =
+            layers.filter(|layer| layer.sealed).map(|layer| layer.path.clone()).collect();
+        let mut completed = Vec::new();
+        for snapshot in marked.snapshots.iter_mut().filter(|snapshot| !snapshot.sealed) {
+            snapshot.sealed = snapshot.disks.iter().all(|disk| sealed.contains(&disk.path));
+            completed.extend(snapshot.sealed.then(|| snapshot.name.clone()));
+        }
+        if marked != *self.manifest() {
+            self.update(|manifest| {
+                *manifest = marked;
+                Ok(())
+            })?;
+        }
+        Ok(completed)
+    }
+
+    /// Where the layers above this base grow: beside it, so that they move with it.
+    pub(crate) fn growth_folder(&self, base: &Layer) -> PathBuf {
+        match base.storage().is_device() {
+            true => self.file("layers"),
+            false => base.entry.path.parent().unwrap_or(Path::new("/")).to_owned(),
+        }
     }
 
     /// Creates an empty overlay on `top` and opens it for writing. It is on stable storage when this returns, and in
-    /// no manifest yet.
+    /// no manifest yet. On an error there is none.
     pub(crate) fn create_overlay(
         &self,
         id: &str,
@@ -179,46 +231,50 @@ impl Store {
         top: &Layer,
         cache: Cache,
     ) -> Result<Arc<Layer>> {
-        let folder = match base.storage().is_device() {
-            true => self.folder.join("layers"),
-            false => base.entry.path.parent().unwrap_or(Path::new("/")).to_owned(),
-        };
+        let folder = self.growth_folder(base);
         let stem = base.entry.path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let first = self.manifest().disk(id)?.next;
         for number in first..first.saturating_add(MAX_LEFTOVERS) {
             let path = folder.join(format!("{stem}.{id}-{number:06}.qcow2"));
-            let entry = LayerEntry { path, format: ImageFormat::Qcow2, number };
-            // Never over another file: it may be the rest of a crashed attempt, or not ours at all.
-            if entry.path.exists() {
-                continue;
-            }
-            if let Err(error) = Self::fill_overlay(&entry, top) {
-                hostio::remove_file(&entry.path)?;
-                return Err(error);
-            }
-            self.journals.remove(id, number)?;
-            let access = Access::Write { journals: &self.journals };
-            return Ok(Arc::new(Layer::open(id, &entry, Some(top.disk()), cache, access)?));
+            let entry = LayerEntry { path, format: ImageFormat::Qcow2, number, sealed: false };
+            let file = match HostFile::create(&entry.path, Cache::Writeback) {
+                Ok(file) => file,
+                // Never over another file: it may be the rest of a crashed attempt, or not ours at all.
+                Err(_) if entry.path.symlink_metadata().is_ok() => continue,
+                Err(error) => return Err(error),
+            };
+            let made = self.fill_overlay(id, &entry, file, top, cache);
+            return made.inspect_err(|_| self.discard(id, &entry));
         }
         let story = format!("{} is full of leftover overlays of disk {id}", folder.display());
         Err(Error::new(ErrorKind::Busy, story))
     }
 
-    fn fill_overlay(entry: &LayerEntry, top: &Layer) -> Result<()> {
-        let file = HostFile::create(&entry.path, Cache::Writeback)?;
+    fn fill_overlay(
+        &self,
+        id: &str,
+        entry: &LayerEntry,
+        file: HostFile,
+        top: &Layer,
+        cache: Cache,
+    ) -> Result<Arc<Layer>> {
         let backing = backing_name(&entry.path, &top.entry);
         let options = CreateOptions::overlay(top.disk().capacity(), Some(backing));
         qcow2::create(&file, &options).context(|| format!("create {}", entry.path.display()))?;
-        hostio::sync_dir(entry.path.parent().unwrap_or(Path::new("/")))
+        drop(file);
+        hostio::sync_dir(entry.path.parent().unwrap_or(Path::new("/")))?;
+        self.journals.remove(id, entry.number)?;
+        let access = Access::Write { journals: &self.journals };
+        Ok(Arc::new(Layer::open(id, entry, Some(top.disk()), cache, access)?))
     }
 
-    /// Takes an image that Frazil made out of the world, and its journal. Base images are never removed.
-    pub(crate) fn remove_layer(&self, id: &str, entry: &LayerEntry) -> Result<()> {
-        self.journals.remove(id, entry.number)?;
-        if entry.number == 0 {
-            return Ok(());
+    /// Takes an image that Frazil made, and that no manifest names, out of the world, and its journal. What can not be
+    /// removed is only a waste of room. Base images are never removed.
+    pub(crate) fn discard(&self, id: &str, entry: &LayerEntry) {
+        let image = if entry.number == 0 { Ok(()) } else { hostio::remove_file(&entry.path) };
+        if let Err(error) = image.and(self.journals.remove(id, entry.number)) {
+            warn!(%error, "a layer that is not needed is left behind");
         }
-        hostio::remove_file(&entry.path)
     }
 
     /// The layer is sealed and flushed: its journal has nothing more to say, and others may read the image.
@@ -231,9 +287,12 @@ impl Store {
 /// How an overlay's header names the layer beneath: by file name where both are in one folder, so that the folder can
 /// be moved.
 fn backing_name(overlay: &Path, beneath: &LayerEntry) -> (String, String) {
-    let name = match (overlay.parent() == beneath.path.parent(), beneath.path.file_name()) {
-        (true, Some(name)) => name.to_string_lossy().into_owned(),
-        _ => beneath.path.to_string_lossy().into_owned(),
+    let is_beside = overlay.parent() == beneath.path.parent();
+    let name = beneath.path.file_name().unwrap_or_default().to_string_lossy();
+    // With a colon in it, a bare name would be taken for a protocol by QEMU.
+    let name = match is_beside && !name.contains(':') {
+        true => name.into_owned(),
+        false => beneath.path.to_string_lossy().into_owned(),
     };
     let format = match beneath.format {
         ImageFormat::Raw => "raw",
@@ -246,12 +305,17 @@ fn lock(folder: &Path) -> Result<File> {
     let path = folder.join("lock");
     let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
     let file = file.context(|| format!("open {}", path.display()))?;
-    file.try_lock().map_err(|_| {
-        let story = format!(
-            "the state directory {} is in use by a running frazil: speak to it with --control",
-            folder.display()
-        );
-        Error::new(ErrorKind::Busy, story)
-    })?;
-    Ok(file)
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            let story = format!(
+                "the state directory {} is in use by a running frazil: speak to it with --control",
+                folder.display()
+            );
+            Err(Error::new(ErrorKind::Busy, story))
+        }
+        Err(TryLockError::Error(error)) => {
+            Err(Error::from(error).context(format!("lock {}", path.display())))
+        }
+    }
 }

@@ -4,84 +4,16 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
-use block::{ErrorKind, read_disk, write_disk};
+use block::ErrorKind;
 use hostio::Cache;
-use snapshot::{
-    Chain, CreateRequest, DiskConfig, Event, FreezeDefaults, FreezePolicy, Grade, ImageFormat, Manager,
-    SnapshotRecord,
-};
-use tempfile::TempDir;
+use snapshot::{CreateRequest, DiskConfig, Event, FreezeDefaults, FreezePolicy, Grade, ImageFormat, Manager};
 
-const SIZE: u64 = 8 << 20;
+mod bench;
 
-struct Bench {
-    folder: TempDir,
-    disks: Vec<DiskConfig>,
-}
-
-impl Bench {
-    fn new(ids: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let disk = |id: &&str| {
-            let path = folder.path().join(format!("base-{id}.raw"));
-            File::create(&path).unwrap().set_len(SIZE).unwrap();
-            let format = ImageFormat::Raw;
-            DiskConfig { id: (*id).to_owned(), path, format, read_only: false, cache: Cache::Writeback }
-        };
-        let disks = ids.iter().map(disk).collect();
-        Self { folder, disks }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn open(&self) -> Manager {
-        Manager::open(&self.path("state"), &self.disks, FreezeDefaults::default(), None).unwrap()
-    }
-
-    fn export(&self, manager: &Manager, name: &str, disk: &str) -> Vec<u8> {
-        let out = self.path(&format!("{name}-{disk}.out"));
-        manager.export(name, disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap();
-        let bytes = std::fs::read(&out).unwrap();
-        std::fs::remove_file(out).unwrap();
-        bytes
-    }
-}
-
-fn request(name: &str) -> CreateRequest {
-    CreateRequest { name: name.to_owned(), disks: None, freeze: Some(FreezePolicy::Never) }
-}
-
-fn snapshot(manager: &Manager, name: &str) -> SnapshotRecord {
-    manager.create(request(name)).unwrap()
-}
-
-fn chain<'a>(manager: &'a Manager, id: &str) -> &'a Arc<Chain> {
-    manager.chain(id).unwrap()
-}
-
-/// Writes the byte `stamp` over the 4 KiB at `offset`.
-fn stamp(manager: &Manager, id: &str, offset: u64, stamp: u8) {
-    write_disk(&**chain(manager, id), offset, &[stamp; 4096]).unwrap();
-}
-
-fn byte(manager: &Manager, id: &str, offset: u64) -> u8 {
-    let mut found = [0];
-    read_disk(&**chain(manager, id), offset, &mut found).unwrap();
-    found[0]
-}
-
-fn check(path: &Path) {
-    let output = Command::new("qemu-img").args(["check", "-q"]).arg(path).output();
-    let output = output.expect("qemu-img is needed: run `make deps`");
-    assert!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stdout));
-}
+use bench::{Bench, SIZE, byte, chain, check, request, snapshot, stamp};
 
 #[test]
 fn a_snapshot_keeps_what_was_and_the_disk_goes_on() {
@@ -116,15 +48,16 @@ fn a_restart_finds_the_chain_whether_the_daemon_ended_well_or_not() {
         snapshot(&manager, &name);
         stamp(&manager, "vda", 0, 2);
         stamp(&manager, "vda", 3 << 20, 3);
-        match ends_well {
-            true => manager.shut_down().unwrap(),
-            // Without a flush: the overlay's tables are only in the process, and in its journal.
-            false => drop(manager),
+        if ends_well {
+            manager.shut_down().unwrap();
         }
+        // Else without a flush: the overlay's tables are only in the process, and in its journal.
+        drop(manager);
         let manager = bench.open();
         assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vda", 3 << 20)), (2, 3));
         assert_eq!(bench.export(&manager, &name, "vda")[0], 1);
         manager.shut_down().unwrap();
+        drop(manager);
     }
     let manager = Manager::open_offline(&bench.path("state")).unwrap();
     assert_eq!(manager.list().len(), 2);
@@ -192,6 +125,7 @@ fn a_revert_forgets_what_came_after() {
     assert_eq!(manager.list().len(), 1);
     stamp(&manager, "vda", 0, 4);
     manager.shut_down().unwrap();
+    drop(manager);
     let manager = bench.open();
     assert_eq!(byte(&manager, "vda", 0), 4);
     assert_eq!(bench.export(&manager, "one", "vda")[0], 1);

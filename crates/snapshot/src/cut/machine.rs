@@ -349,7 +349,9 @@ impl Thawed {
             Err(error) => {
                 tracing::error!(snapshot = record.name, %error, "a snapshot is not on stable storage");
                 record.sealed = false;
-                record.reason = format!("{}; not on stable storage yet: {error}", record.reason);
+                record.reason = format!("{}; not sealed at first: {error}", record.reason);
+                // So that it can be read later as well; that this may fail too is part of the story told already.
+                let _told = layers.record(&record);
             }
         }
         if let Err(error) = recorded {

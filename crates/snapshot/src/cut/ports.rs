@@ -141,7 +141,8 @@ pub trait PivotedLayers {
     /// The images that hold the frozen state.
     fn disks(&self) -> Vec<SnapshotDisk>;
 
-    /// Writes the snapshot into the manifest: once when its grade is known, and again when it is sealed.
+    /// Writes the snapshot into the manifest: once when its grade is known, and again when it is sealed or could not be.
+    /// On failure it is known to this process all the same, as it stands.
     fn record(&mut self, record: &SnapshotRecord) -> Result<()>;
 
     /// Syncs the layers beneath and marks them read-only. May take long; requests flow.

@@ -186,7 +186,7 @@ fn a_seal_that_fails_leaves_an_unsealed_snapshot_that_says_why() {
     let (world, freezer) = world(Kind::Linux, &[(SEAL, Fault::Fails)]);
     let record = take(&world, &freezer, FreezePolicy::Require).unwrap();
     assert_eq!((record.grade, record.sealed), (Grade::Filesystem, false));
-    assert!(record.reason.contains("not on stable storage yet"), "{}", record.reason);
+    assert!(record.reason.contains("not sealed at first"), "{}", record.reason);
     assert_eq!(events(&world, "FRAZIL_SNAPSHOT_SEALED"), []);
 }
 

@@ -1,0 +1,82 @@
+//! Disks in a folder of their own, and a manager over them.
+
+#![allow(dead_code, reason = "each test binary uses its part of it")]
+#![allow(unreachable_pub, reason = "a module of several test binaries")]
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use block::{read_disk, write_disk};
+use hostio::Cache;
+use snapshot::{
+    Chain, CreateRequest, DiskConfig, FreezeDefaults, FreezePolicy, ImageFormat, Manager, SnapshotRecord,
+};
+use tempfile::TempDir;
+
+pub const SIZE: u64 = 8 << 20;
+
+pub struct Bench {
+    pub folder: TempDir,
+    pub disks: Vec<DiskConfig>,
+}
+
+impl Bench {
+    pub fn new(ids: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = |id: &&str| {
+            let path = folder.path().join(format!("base-{id}.raw"));
+            File::create(&path).unwrap().set_len(SIZE).unwrap();
+            let format = ImageFormat::Raw;
+            DiskConfig { id: (*id).to_owned(), path, format, read_only: false, cache: Cache::Writeback }
+        };
+        let disks = ids.iter().map(disk).collect();
+        Self { folder, disks }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn open(&self) -> Manager {
+        Manager::open(&self.path("state"), &self.disks, FreezeDefaults::default(), None).unwrap()
+    }
+
+    pub fn export(&self, manager: &Manager, name: &str, disk: &str) -> Vec<u8> {
+        let out = self.path(&format!("{name}-{disk}.out"));
+        manager.export(name, disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap();
+        let bytes = std::fs::read(&out).unwrap();
+        std::fs::remove_file(out).unwrap();
+        bytes
+    }
+}
+
+pub fn request(name: &str) -> CreateRequest {
+    CreateRequest { name: name.to_owned(), disks: None, freeze: Some(FreezePolicy::Never) }
+}
+
+pub fn snapshot(manager: &Manager, name: &str) -> SnapshotRecord {
+    manager.create(request(name)).unwrap()
+}
+
+pub fn chain<'a>(manager: &'a Manager, id: &str) -> &'a Arc<Chain> {
+    manager.chain(id).unwrap()
+}
+
+/// Writes the byte `stamp` over the 4 KiB at `offset`.
+pub fn stamp(manager: &Manager, id: &str, offset: u64, stamp: u8) {
+    write_disk(&**chain(manager, id), offset, &[stamp; 4096]).unwrap();
+}
+
+pub fn byte(manager: &Manager, id: &str, offset: u64) -> u8 {
+    let mut found = [0];
+    read_disk(&**chain(manager, id), offset, &mut found).unwrap();
+    found[0]
+}
+
+pub fn check(path: &Path) {
+    let output = Command::new("qemu-img").args(["check", "-q"]).arg(path).output();
+    let output = output.expect("qemu-img is needed: run `make deps`");
+    assert!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stdout));
+}
