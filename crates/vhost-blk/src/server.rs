@@ -225,14 +225,15 @@ impl Shared {
         listener: &UnixListener,
     ) -> Result<()> {
         device.watch(daemon).context(|| "watch a worker's events")?;
+        // Told before it can send a request, so that nobody takes the disk for unused while it is read.
+        self.connected.store(true, Ordering::Release);
+        (config.on_session)(SessionEvent::Connected);
         daemon.start(&mut Listener::from(listener.try_clone()?)).map_err(|error| other(&error))?;
         *self.session() = daemon.shutdown_handle().map(Session);
         if self.is_stopping() {
             daemon.request_shutdown();
         }
-        self.connected.store(true, Ordering::Release);
         tracing::info!(disk = config.name, "a front-end has connected");
-        (config.on_session)(SessionEvent::Connected);
         let ended = daemon.wait();
         *self.session() = None;
         match ended {
