@@ -22,7 +22,7 @@ pub(crate) const EXPORT_PROGRESS: &str = "FRAZIL_EXPORT_PROGRESS";
 /// How long a prepared snapshot may hold the guest's I/O: unless told otherwise, and at most. In milliseconds. Windows
 /// thaws itself after 10 s, a Linux guest complains of hung tasks after 120 s.
 const LEASE_DEFAULT: u64 = 5_000;
-const LEASE_MAX: u64 = 60_000;
+const LEASE_MAX: u64 = snapshot::MAX_LEASE.as_millis() as u64;
 
 /// Where a command comes from.
 pub(crate) struct Caller<'a> {

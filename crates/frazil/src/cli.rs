@@ -214,14 +214,10 @@ pub(crate) struct Output {
     pub(crate) json: bool,
 }
 
-/// What the daemon grants at most; the guest's disks stand still as long.
-const MAX_LEASE: u64 = 30;
-
 fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.parse().ok().filter(|seconds| (1..=MAX_LEASE).contains(seconds));
-    seconds
-        .map(Duration::from_secs)
-        .ok_or_else(|| format!("a lease is a number of seconds from 1 to {MAX_LEASE}"))
+    let most = snapshot::MAX_LEASE.as_secs();
+    let seconds = text.parse().ok().filter(|seconds| (1..=most).contains(seconds));
+    seconds.map(Duration::from_secs).ok_or_else(|| format!("a lease is a number of seconds from 1 to {most}"))
 }
 
 #[cfg(test)]

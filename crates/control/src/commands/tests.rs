@@ -90,9 +90,9 @@ fn failures_have_the_class_and_the_words_that_clients_expect() {
         ),
         (
             "snapshot-prepare",
-            json!({"name": "a", "lease": 60_001}),
+            json!({"name": "a", "lease": 30_001}),
             GenericError,
-            "Parameter 'lease' expects a value between 1 and 60000",
+            "Parameter 'lease' expects a value between 1 and 30000",
         ),
     ] {
         assert_eq!(failure(run_one(name, arguments)), (class, desc.to_owned()));
