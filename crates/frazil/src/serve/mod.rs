@@ -3,9 +3,9 @@
 //! ```text
 //!   start                                            stop
 //!     Manager (state directory, chains, thaw owed)     QMP server: no more commands
-//!     a vhost-user device a disk                       devices: sessions end, rings are drained
-//!     QMP server                                       Manager: all that was acknowledged is synced
-//!     READY=1 to systemd
+//!     a vhost-user device a disk                       Manager: the cut under way ends, the guest is thawed
+//!     QMP server                                       devices: sessions end, rings are drained
+//!     READY=1 to systemd                               Manager: all that was acknowledged is synced
 //! ```
 
 mod guest;
@@ -55,6 +55,9 @@ pub(crate) fn run(config: Config) -> Result<()> {
     tell_systemd(&[NotifyState::Stopping]);
     control.stop(GRACE);
     drop(control);
+    if let Err(error) = manager.end_changes() {
+        warn!(%error, "what was prepared could not be undone wholly");
+    }
     devices.into_iter().for_each(Server::stop);
     manager.shut_down().context(|| "sync the disks at the end")
 }
