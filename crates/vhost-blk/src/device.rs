@@ -27,14 +27,17 @@ pub(crate) struct Device {
     /// A worker is locked by its thread alone.
     workers: Vec<Mutex<Worker>>,
     queues: Vec<Arc<QueueState>>,
-    /// Descriptors by which the framework's threads are told to end.
+    /// By which the framework's threads will be told to end. Made beforehand, where that may fail: a thread without one
+    /// would never end, and the session neither.
+    prepared_exits: Mutex<Vec<(EventConsumer, EventNotifier)>>,
+    /// The descriptors of those that the framework has.
     exits: Mutex<Vec<RawFd>>,
 }
 
 impl Device {
     pub(crate) fn new(config: &DeviceConfig, memory: &SharedMemory, cache: Arc<CacheMode>) -> Result<Self> {
         cache.begin_session();
-        let (mut workers, mut queues) = (Vec::new(), Vec::new());
+        let (mut workers, mut queues, mut exits) = (Vec::new(), Vec::new(), Vec::new());
         for queue in 0..usize::from(config.queues) {
             let state = Arc::new(QueueState::new()?);
             workers.push(Mutex::new(Worker::new(Parts {
@@ -48,8 +51,10 @@ impl Device {
                 state: Arc::clone(&state),
             })?));
             queues.push(state);
+            exits.push(new_event_consumer_and_notifier(EventFlag::CLOEXEC)?);
         }
-        Ok(Self { disk: Arc::clone(&config.disk), cache, workers, queues, exits: Mutex::default() })
+        let (prepared_exits, exits) = (Mutex::new(exits), Mutex::default());
+        Ok(Self { disk: Arc::clone(&config.disk), cache, workers, queues, prepared_exits, exits })
     }
 
     /// Has each worker watch its bell and its io_uring.
@@ -161,7 +166,7 @@ impl VhostUserBackend for Device {
     }
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
-        let pair = new_event_consumer_and_notifier(EventFlag::CLOEXEC).ok()?;
+        let pair = lock(&self.prepared_exits).pop()?;
         lock(&self.exits).push(pair.0.as_raw_fd());
         Some(pair)
     }
