@@ -56,9 +56,15 @@ impl Daemon {
 
     /// Serves one new disk for each of `ids`, freezing the guest of that name (see [`Guest::builder`]).
     pub fn start(scratch: &Scratch, guest: &str, ids: &[&str]) -> Result<Self> {
+        Self::start_with(scratch, guest, ids, &[])
+    }
+
+    /// As [`Daemon::start`], with more words on the command line.
+    pub fn start_with(scratch: &Scratch, guest: &str, ids: &[&str], words: &[&str]) -> Result<Self> {
         let (state, control, log) =
             (scratch.path("state"), scratch.path("frazil.control"), scratch.path("frazil.log"));
         let mut arguments: Vec<String> = vec!["serve".into()];
+        arguments.extend(words.iter().map(ToString::to_string));
         let agent = Guest::agent_socket(scratch, guest);
         for (option, path) in [("--state", &state), ("--control", &control), ("--agent", &agent)] {
             arguments.extend([option.to_owned(), path.display().to_string()]);
@@ -89,6 +95,16 @@ impl Daemon {
     /// Gives a guest all disks of this daemon, in the order of their ids here.
     pub fn attach<'a>(&self, guest: Builder<'a>) -> Builder<'a> {
         self.sockets.iter().fold(guest, |guest, socket| guest.vhost_user_disk(socket))
+    }
+
+    /// Where the front-ends of its disks connect, in the order of their ids.
+    pub fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     /// `kill -9`, as when the kernel runs out of memory.

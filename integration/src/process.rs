@@ -40,6 +40,12 @@ impl Process {
         Ok(Self { child, name, log })
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        // `setpriv` becomes the program.
+        self.child.id()
+    }
+
     /// The last lines that the program wrote.
     pub fn log_tail(&self) -> String {
         tail(&self.log)

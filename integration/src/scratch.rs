@@ -16,9 +16,17 @@ impl Scratch {
     /// # Errors
     /// Those of `body`, and failures to make the folder.
     pub fn with<T>(name: &str, body: impl FnOnce(&Scratch) -> Result<T>) -> Result<T> {
+        Self::with_in(&std::env::temp_dir(), name, body)
+    }
+
+    /// As [`Scratch::with`], but the folder is made in `parent`.
+    ///
+    /// # Errors
+    /// As for [`Scratch::with`].
+    pub fn with_in<T>(parent: &Path, name: &str, body: impl FnOnce(&Scratch) -> Result<T>) -> Result<T> {
         let folder = tempfile::Builder::new()
             .prefix(&format!("frazil-{name}-"))
-            .tempdir()
+            .tempdir_in(parent)
             .context("temporary folder")?;
         let mut scratch = Self { folder: Some(folder) };
         let value = body(&scratch)?;

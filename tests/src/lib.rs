@@ -1,14 +1,17 @@
 //! Conformance, crash and protocol suites that need no virtual machine, and what they drive devices with.
 //!
 //! - [`Driver`]: an honest virtio-blk driver over vhost-user, for data and for load.
+//! - [`Load`]: that driver kept busy, and what it measured.
 //! - [`FrontEnd`]: rings by hand, for messages and for chains that no driver would make.
 
 #![allow(clippy::unwrap_used, reason = "a test's means fail the test")]
 
 mod driver;
 mod front_end;
+mod load;
 mod stats;
 
 pub use driver::{Driver, DriverQueue, Request};
 pub use front_end::{Desc, FrontEnd};
+pub use load::{Load, Measured};
 pub use stats::{ProcessTime, open_files, percentile, threads};

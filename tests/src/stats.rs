@@ -18,14 +18,17 @@ pub fn threads() -> usize {
 pub struct ProcessTime(Duration);
 
 impl ProcessTime {
-    /// Of process `pid`, from `/proc/PID/stat` (fields 14 and 15, in hundredths of a second).
+    /// Of process `pid`: the sum over its threads, kernel's helpers included, of the nanoseconds in their `schedstat`
+    /// (`/proc/PID/stat` counts in hundredths of a second). What threads used that have ended is not in it.
     pub fn of(pid: u32) -> io::Result<Self> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        // The name, field 2, may hold anything; what follows its last parenthesis is field 3.
-        let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-        let ticks: u64 =
-            fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
-        Ok(Self(Duration::from_millis(ticks * 10)))
+        let mut used = Duration::ZERO;
+        for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+            // It may end between the two looks.
+            let text = std::fs::read_to_string(thread?.path().join("schedstat")).unwrap_or_default();
+            let nanoseconds = text.split_whitespace().next().and_then(|first| first.parse().ok());
+            used += Duration::from_nanos(nanoseconds.unwrap_or(0));
+        }
+        Ok(Self(used))
     }
 
     /// What was used since `earlier`.
