@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use block::{ByteRange, Context, Error, ErrorKind, Result, Storage};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, fstatfs, seek};
 
+use rustix::io::Errno;
+
 use crate::lock;
 
 /// Whether data I/O goes through the host's page cache.
@@ -156,6 +158,11 @@ impl Storage for HostFile {
     fn punch_hole(&self, range: ByteRange) -> Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, flags, range.offset, range.len)
+            .map_err(|errno| match errno {
+                // A device whose blocks are larger than sectors, and a range that is not made of them.
+                Errno::INVAL if self.is_device => Errno::OPNOTSUPP,
+                errno => errno,
+            })
             .map_err(std::io::Error::from)
             .context(|| format!("punch a hole in {} at {}", self.path.display(), range.offset))
     }
@@ -170,7 +177,7 @@ impl Storage for HostFile {
         }
         let start = match seek(&self.file, SeekFrom::Data(offset)) {
             Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Err(Errno::NXIO) => return Ok(None),
             Err(errno) => return Err(std::io::Error::from(errno).into()),
         };
         let end = seek(&self.file, SeekFrom::Hole(start)).map_err(std::io::Error::from)?;
@@ -193,6 +200,7 @@ impl Storage for HostFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::Command;
 
     const WRITE: Open = Open { writable: true, cache: Cache::Writeback };
     const READ: Open = Open { writable: false, cache: Cache::Writeback };
@@ -222,6 +230,26 @@ mod tests {
         assert_eq!(HostFile::open(&path, WRITE).unwrap_err().kind(), ErrorKind::Busy);
         drop((writer, reader));
         HostFile::open(&path, WRITE).unwrap();
+    }
+
+    /// A guest may write zeroes to any sector, also of a disk on a device with blocks of 4 KiB.
+    #[test]
+    fn a_device_with_large_blocks_can_not_punch_a_single_sector() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let losetup = |arguments: &[&str]| Command::new("losetup").args(arguments).output();
+        let path = file.path().to_str().unwrap();
+        let device = match losetup(&["--sector-size", "4096", "--show", "--find", path]) {
+            Ok(made) if made.status.success() => String::from_utf8(made.stdout).unwrap(),
+            // Not everywhere, and not for everybody.
+            _ => return,
+        };
+        let opened = HostFile::open(Path::new(device.trim()), WRITE);
+        let punch = |offset, len| opened.as_ref().map(|file| file.punch_hole(ByteRange { offset, len }));
+        let (sector, block) = (punch(512, 512), punch(4096, 4096));
+        losetup(&["--detach", device.trim()]).unwrap();
+        assert_eq!(sector.unwrap().unwrap_err().kind(), ErrorKind::Unsupported);
+        block.unwrap().unwrap();
     }
 
     #[test]
