@@ -37,19 +37,19 @@ pub(crate) struct Failure {
     exit: Exit,
     what: String,
     cause: String,
-    hint: Option<String>,
+    hints: Vec<String>,
 }
 
 impl Failure {
     /// A failure to do `what` because of `cause`.
     pub(crate) fn new(exit: Exit, what: impl Into<String>, cause: impl ToString) -> Self {
-        Self { exit, what: what.into(), cause: cause.to_string(), hint: None }
+        Self { exit, what: what.into(), cause: cause.to_string(), hints: Vec::new() }
     }
 
-    /// Says what to do next.
+    /// Says what to do next; the likeliest first.
     #[must_use]
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
+        self.hints.push(hint.into());
         self
     }
 
@@ -62,7 +62,7 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "frazil: {}: {}", self.what, printable(&self.cause))?;
-        self.hint.as_ref().map_or(Ok(()), |hint| write!(f, "\nhint: {hint}"))
+        self.hints.iter().try_for_each(|hint| write!(f, "\nhint: {hint}"))
     }
 }
 

@@ -22,6 +22,7 @@ use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 
+use block::ErrorKind;
 use clap::{CommandFactory, Parser};
 use tracing_subscriber::EnvFilter;
 
@@ -43,14 +44,29 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<(), Failure> {
     log_to_stderr(if matches!(command, Command::Serve(_)) { "info" } else { "warn" });
     match command {
-        Command::Serve(told) => serve::run(configuration(told)?)
-            .map_err(|error| Failure::new(Exit::Failed, "serve", error).hint("`frazil serve --help`")),
+        Command::Serve(told) => serve::run(configuration(told)?).map_err(|error| not_served(&error)),
         Command::Snapshot(snapshot) => client::snapshot(snapshot),
         Command::Status { daemon, output } => client::status(&daemon, output),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "frazil", &mut io::stdout());
             Ok(())
         }
+    }
+}
+
+/// What is wrong is in the text; what to do about it depends on the kind.
+fn not_served(error: &block::Error) -> Failure {
+    let failure = Failure::new(Exit::Failed, "serve", error);
+    match error.kind() {
+        ErrorKind::NotFound => {
+            failure.hint("images and the folders of sockets must be there; `qemu-img create` makes an image")
+        }
+        ErrorKind::Busy => failure.hint("end what uses it, or give another path"),
+        ErrorKind::Corrupt | ErrorKind::Unsupported => failure.hint(
+            "is format= right? `qemu-img info` tells an image's format, `qemu-img check` whether it is sound",
+        ),
+        ErrorKind::Io => failure.hint("can the user who runs this open it, and write there?"),
+        _ => failure,
     }
 }
 

@@ -141,7 +141,8 @@ fn a_daemon_that_is_not_there_ends_in_3() {
     assert_eq!(
         stderr(&output),
         "frazil: connect to /nonexistent: No such file or directory (os error 2)\n\
-         hint: is `frazil serve` running with this --control? If it is not meant to, ask its directory with --state\n"
+         hint: is `frazil serve` running with this --control?\n\
+         hint: if the daemon is not meant to run, ask its directory with --state\n"
     );
 }
 
@@ -247,6 +248,25 @@ fn a_bad_command_line_or_file_ends_in_2_and_names_the_mistake() {
         stderr(&output)
     );
     assert_eq!(code(&frazil(&["serve", "--config", "/nonexistent.toml"])), 2);
+}
+
+#[test]
+fn a_daemon_that_can_not_start_ends_in_1_and_says_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(at("raw.img"), [0; 4096]).unwrap();
+    let serve = |image: &str, format: &str| {
+        let disk = format!("id=vda,path={},format={format},socket={}", at(image), at("vda.sock"));
+        frazil(&["serve", "--state", &at("state"), "--control", &at("control.sock"), "--disk", &disk])
+    };
+    for (image, format, hint) in [
+        ("none.img", "raw", "\nhint: images and the folders of sockets must be there"),
+        ("raw.img", "qcow2", "wrong magic number\nhint: is format= right?"),
+    ] {
+        let output = serve(image, format);
+        assert_eq!(code(&output), 1, "{image}");
+        assert!(stderr(&output).contains(hint), "{}", stderr(&output));
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Who is asked: a running daemon by its socket, or a state directory whose daemon does not run.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use block::ErrorKind;
@@ -27,9 +28,18 @@ impl Connection {
         let socket = daemon.control.clone().unwrap_or_else(usual_socket);
         match Client::connect(&socket) {
             Ok(client) => Ok(Self { client, socket }),
-            Err(error) => Err(unreachable(&format!("connect to {}", socket.display()), &error).hint(
-                "is `frazil serve` running with this --control? Without it, --state asks its directory",
-            )),
+            Err(error) => {
+                let hint = match &error {
+                    ClientError::Io(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                        "a daemon's socket is for its own user and root: run this as one of them"
+                    }
+                    ClientError::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                        "it is ending, or has too many clients: try again"
+                    }
+                    _ => "is `frazil serve` running with this --control?",
+                };
+                Err(unreachable(&format!("connect to {}", socket.display()), &error).hint(hint))
+            }
         }
     }
 
@@ -96,13 +106,10 @@ impl Via {
     pub(super) fn open(place: &Place) -> Result<Self, Failure> {
         let Some(state) = &place.state else {
             return Connection::open(&place.daemon).map(Self::Control).map_err(|failure| {
-                failure.hint(
-                    "is `frazil serve` running with this --control? If it is not meant to, ask its directory with --state",
-                )
+                failure.hint("if the daemon is not meant to run, ask its directory with --state")
             });
         };
-        let service = serve::offline(state)
-            .map_err(|error| of_state(&format!("open the state directory {}", state.display()), &error))?;
+        let service = serve::offline(state).map_err(|error| not_opened(state, &error))?;
         Ok(Self::State(service))
     }
 
@@ -187,10 +194,17 @@ fn to_value(what: &str, answer: &impl Serialize) -> Result<Value, Failure> {
     serde_json::to_value(answer).map_err(|error| Failure::new(Exit::Failed, what, error))
 }
 
+fn not_opened(state: &Path, error: &block::Error) -> Failure {
+    let failure = Failure::new(Exit::Failed, format!("open the state directory {}", state.display()), error);
+    match error.kind() {
+        ErrorKind::NotFound => failure.hint("give the --state that `frazil serve` has"),
+        _ => failure,
+    }
+}
+
 fn of_state(what: &str, error: &block::Error) -> Failure {
     let failure = Failure::new(Exit::Failed, what, error);
     match error.kind() {
-        ErrorKind::Busy => failure.hint("if its daemon runs, ask that one: --control instead of --state"),
         ErrorKind::NotFound => {
             failure.hint("`frazil snapshot list` with the same --state shows what there is")
         }

@@ -11,7 +11,9 @@ const KEYS: &[&str] = &["state", "control", "agent", "freeze-owner", "freeze", "
 
 /// Reads the text of a configuration file. Its paths are still as written.
 pub(crate) fn read(text: &str) -> Result<Config, Mistake> {
-    let mut table: Table = text.parse().map_err(|error: toml::de::Error| Mistake::Toml(error.to_string()))?;
+    let mut table: Table = text
+        .parse()
+        .map_err(|error: toml::de::Error| Mistake::Toml(error.to_string().trim_end().to_owned()))?;
     if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
         return Err(Mistake::UnknownKey { key: key.clone(), valid: KEYS });
     }
