@@ -53,7 +53,7 @@ pub trait Service: Send + Sync {
         progress: &dyn Fn(u64, u64),
     ) -> Result<()>;
 
-    /// The disks, in the order of the command line.
+    /// The disks, sorted by id.
     fn disks(&self) -> Vec<DiskStatus>;
 
     /// The state of the whole.

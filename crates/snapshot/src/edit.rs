@@ -95,7 +95,7 @@ pub(crate) fn revert(store: &Store, name: &str, discard_newer: bool) -> Result<(
                 &store.manifest(),
                 name,
                 span,
-                "delete those first, or say that they may be discarded",
+                "delete those first, or discard them too (discard-newer)",
             )?;
         }
     }

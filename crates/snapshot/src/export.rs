@@ -23,6 +23,7 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 /// error nothing is left behind. An existing file is never overwritten.
 pub(crate) fn export(disk: &dyn Disk, out: &Path, format: ImageFormat, progress: Progress<'_>) -> Result<()> {
     refuse_existing(out)?;
+    check_folder(out)?;
     let partial = partial_name(out)?;
     let file = create_partial(&partial)?;
     let written = write(disk, file, format, progress).and_then(|()| publish(&partial, out));
@@ -39,7 +40,7 @@ fn create_partial(path: &Path) -> Result<HostFile> {
     let stale = match HostFile::open(path, how) {
         Ok(stale) => Some(stale),
         Err(error) if error.kind() == ErrorKind::NotFound => None,
-        Err(error) => return Err(error.context("is another export to the same file under way?")),
+        Err(error) => return Err(error.context("another export to the same file may be under way")),
     };
     if stale.is_some() {
         hostio::remove_file(path)?;
@@ -52,8 +53,23 @@ fn create_partial(path: &Path) -> Result<HostFile> {
 fn publish(partial: &Path, out: &Path) -> Result<()> {
     refuse_existing(out)?;
     std::fs::rename(partial, out).context(|| format!("rename {} to its name", partial.display()))?;
-    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
-    hostio::sync_dir(folder.unwrap_or(Path::new(".")))
+    hostio::sync_dir(folder_of(out))
+}
+
+fn folder_of(out: &Path) -> &Path {
+    out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Not left to the system's `NotFound`, by which clients are told that there is no such snapshot or disk.
+fn check_folder(out: &Path) -> Result<()> {
+    let folder = folder_of(out);
+    match folder.is_dir() {
+        true => Ok(()),
+        false => {
+            let story = format!("there is no folder {}: make it first", folder.display());
+            Err(Error::new(ErrorKind::InvalidInput, story))
+        }
+    }
 }
 
 fn refuse_existing(out: &Path) -> Result<()> {
@@ -240,6 +256,10 @@ mod tests {
         let error = export(&disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
         assert_eq!(std::fs::read(&out).unwrap(), b"mine");
+
+        let error =
+            export(&disk, &folder.path().join("no/out"), ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "no snapshot and no disk was not found");
 
         let storage = block::testing::FaultStorage::new(MemStorage::from(vec![1; 4096]));
         storage.fail_reads(1);

@@ -113,7 +113,10 @@ impl Manager {
         }
         let mut manager = Self::assemble(store, served, defaults, guest)?;
         // Opening the chains has synced them; those that this run does not serve are when they are opened.
-        manager.mark_sealed()?;
+        // That a full disk keeps this from being remembered is no reason to keep a guest from its disks.
+        if let Err(error) = manager.mark_sealed() {
+            warn!(%error, "the layers' seals can not be recorded");
+        }
         let duties = Duties {
             store: Arc::clone(&manager.store),
             change: Arc::clone(&manager.change),
@@ -294,23 +297,24 @@ impl Manager {
         let ended = self.end_changes();
         let writable = self.disks.values().filter(|disk| !disk.chain.read_only());
         let flushed = writable.map(|disk| disk.chain.flush().run()).fold(Ok(()), Result::and);
-        flushed.and(self.finish_seals()).and(ended)
+        flushed.and(self.finish_seals(self.disks.values())).and(ended)
     }
 
     /// Does the seals that failed: no cut, and no end, may go on as if those layers were on stable storage.
-    fn finish_seals(&self) -> Result<()> {
-        for disk in self.disks.values() {
+    fn finish_seals<'a>(&self, disks: impl Iterator<Item = &'a Served>) -> Result<()> {
+        let finish = |disk: &Served| {
             let story = || format!("the last snapshot of disk {} is not on stable storage", disk.chain.id());
-            seal(&self.store, &disk.chain).context(story)?;
-        }
-        self.mark_sealed()
+            seal(&self.store, &disk.chain).context(story)
+        };
+        disks.map(finish).fold(Ok(()), Result::and).and(self.mark_sealed())
     }
 
-    /// Remembers that all layers beneath the active ones are on stable storage.
+    /// Remembers that all layers beneath the active ones, or beneath those being sealed, are on stable storage.
     fn mark_sealed(&self) -> Result<()> {
-        let written = |disk: &Served| disk.chain.top().filter(|_| !disk.chain.read_only());
+        let unsealed = |chain: &Chain| chain.sealing().or_else(|| chain.top().filter(|_| !chain.read_only()));
         let open = self.disks.iter().filter(|(_, disk)| !disk.chain.layers().is_empty());
-        let disks = open.map(|(id, disk)| (id.as_str(), written(disk).map(|top| top.entry.number)));
+        let disks =
+            open.map(|(id, disk)| (id.as_str(), unsealed(&disk.chain).map(|layer| layer.entry.number)));
         for name in self.store.mark_sealed(disks)? {
             self.bus.emit(Event::Sealed { name });
         }
@@ -373,7 +377,7 @@ impl Manager {
             return Err(Error::new(ErrorKind::Busy, story));
         }
         let disks = request::choose(&self.disks, request.disks.as_deref())?;
-        self.finish_seals()?;
+        self.finish_seals(disks.iter())?;
         let plan = CutPlan {
             name: request.name.clone(),
             policy: request.freeze.unwrap_or(self.defaults.policy),

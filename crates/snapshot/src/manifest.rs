@@ -109,7 +109,7 @@ impl Manifest {
     /// The snapshot of that name.
     pub(crate) fn snapshot(&self, name: &str) -> Result<&SnapshotRecord> {
         self.snapshots.iter().find(|snapshot| snapshot.name == name).ok_or_else(|| {
-            let story = format!("there is no snapshot '{name}'; see `frazil snapshot list`");
+            let story = format!("there is no snapshot '{name}'");
             Error::new(ErrorKind::NotFound, story)
         })
     }

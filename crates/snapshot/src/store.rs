@@ -53,13 +53,13 @@ impl Store {
         let store = Self { folder, _lock: lock, journals, manifest, writing: Mutex::default() };
         if let Some(manifest) = loaded {
             *store.manifest() = manifest;
-            store.settle(&boot_id)?;
+            store.settle(&boot_id);
         }
         Ok(store)
     }
 
     /// Undoes what the last process left half done.
-    fn settle(&self, boot_id: &str) -> Result<()> {
+    fn settle(&self, boot_id: &str) {
         let mut settled = self.manifest().clone();
         if let Some(name) = settled.pending.take() {
             // Its overlay stays: whether or not the guest wrote to it, the chain reads right.
@@ -73,14 +73,18 @@ impl Store {
             settled.forget(&name);
         }
         boot_id.clone_into(&mut settled.boot_id);
-        // A state directory that can not be written can still be read.
         if settled == *self.manifest() {
-            return Ok(());
+            return;
         }
-        self.update(|manifest| {
-            *manifest = settled;
+        let written = self.update(|manifest| {
+            manifest.clone_from(&settled);
             Ok(())
-        })
+        });
+        if let Err(error) = written {
+            // No reason to keep a guest from its disks: the next change writes it, or the next start does it again.
+            warn!(%error, "the state directory can not be written");
+            *self.manifest() = settled;
+        }
     }
 
     /// Where a small file of the state directory is.
@@ -184,17 +188,17 @@ impl Store {
         self.journals.remove(id, entry.number)
     }
 
-    /// Remembers that all layers of these disks are on stable storage, but for the one that is written, which is given
-    /// by its number: they were synced by [`open_layers`](Self::open_layers) or by a seal. Tells which snapshots that
+    /// Remembers that the layers of these disks are on stable storage, up to the first that may not be, which is given
+    /// by its number: [`open_layers`](Self::open_layers) or a seal has synced them. Tells which snapshots that
     /// completes.
     pub(crate) fn mark_sealed<'a>(
         &self,
         disks: impl Iterator<Item = (&'a str, Option<u32>)>,
     ) -> Result<Vec<String>> {
         let mut marked = self.manifest().clone();
-        for (id, written) in disks {
+        for (id, unsealed) in disks {
             let layers = marked.disks.get_mut(id).map(|disk| &mut disk.layers[..]).unwrap_or_default();
-            let end = layers.iter().position(|layer| Some(layer.number) == written).unwrap_or(layers.len());
+            let end = layers.iter().position(|layer| Some(layer.number) == unsealed).unwrap_or(layers.len());
             layers.iter_mut().enumerate().for_each(|(index, layer)| layer.sealed = index < end);
         }
         let layers = marked.disks.values().flat_map(|disk| &disk.layers);

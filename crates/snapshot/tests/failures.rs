@@ -265,6 +265,44 @@ fn an_unsealed_snapshot_does_not_outlive_its_boot() {
     snapshot(&manager, "unsealed");
 }
 
+/// The file system of the state directory is full, or read-only: the guest's disks are more important than it.
+#[test]
+fn a_state_directory_that_can_not_be_written_does_not_keep_the_disks_from_being_served() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    stamp(&manager, "vda", 0, 1);
+    snapshot(&manager, "one");
+    stamp(&manager, "vda", 0, 2);
+    manager.shut_down().unwrap();
+    drop(manager);
+    edit_manifest(&bench, &hostio::boot_id().unwrap(), "an earlier boot");
+    let in_the_way = bench.path("state/manifest.json.new");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let manager = bench.open();
+    assert_eq!(byte(&manager, "vda", 0), 2);
+    assert_eq!(bench.export(&manager, "one", "vda")[0], 1);
+    assert_eq!(manager.create(request("two")).unwrap_err().kind(), ErrorKind::Io);
+    std::fs::remove_dir(&in_the_way).unwrap();
+    snapshot(&manager, "two");
+}
+
+/// One disk of a group could not be sealed: the other one's snapshots go on.
+#[test]
+fn a_seal_that_failed_holds_up_its_own_disk_only() {
+    let bench = Bench::new(&["vda", "vdb"]);
+    let manager = bench.open();
+    let in_the_way = bench.path("state/journal/vda-000000.a");
+    std::fs::create_dir(&in_the_way).unwrap();
+    snapshot(&manager, "both");
+    let disks = Some(vec!["vdb".to_owned()]);
+    manager.create(CreateRequest { disks, ..request("other") }).unwrap();
+    assert_eq!(names(&manager), [("both".to_owned(), false), ("other".to_owned(), true)]);
+    manager.shut_down().unwrap_err();
+    std::fs::remove_dir(&in_the_way).unwrap();
+    manager.shut_down().unwrap();
+    assert_eq!(names(&manager), [("both".to_owned(), true), ("other".to_owned(), true)]);
+}
+
 struct NeverThaws;
 
 impl Guest for NeverThaws {
