@@ -6,7 +6,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_driver::{
     EventFd, QueueNotifier, VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport,
@@ -163,6 +165,20 @@ impl DriverQueue {
             }
             self.completion.read()?;
         }
+    }
+
+    /// Waits until at least one request is back, or `timeout` (less than a second) is over: the device may be gone.
+    pub fn wait_for(&mut self, back: &mut Vec<(usize, i32)>, timeout: Duration) -> io::Result<()> {
+        self.poll(back);
+        if !back.is_empty() || self.in_flight == 0 {
+            return Ok(());
+        }
+        let timeout = Timespec { tv_sec: 0, tv_nsec: timeout.subsec_nanos().into() };
+        if poll(&mut [PollFd::new(&*self.completion, PollFlags::IN)], Some(&timeout))? > 0 {
+            self.completion.read()?;
+        }
+        self.poll(back);
+        Ok(())
     }
 
     /// Asks and waits, with buffer 0 and nothing else in flight: 0 or a negative errno.

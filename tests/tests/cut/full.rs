@@ -1,0 +1,142 @@
+//! Disks that are full: the guest's writes fail, nothing else does, and once there is room again they succeed.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+
+use control::client::Client;
+use frazil_tests::{Driver, Request};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use serde_json::json;
+
+use crate::images::{check_sound, same};
+use crate::ledger::Clock;
+use crate::served::{Served, Wanted};
+
+const BLOCK: u64 = 4096;
+/// Of an overlay: a block in each is new room.
+const CLUSTER: u64 = 128 << 10;
+const CLUSTERS: u64 = 64;
+const EIO: i32 = -5;
+
+fn wanted(format: &'static str) -> Wanted {
+    Wanted { format, cache: "writeback", disks: 1, queues: 1, bytes: CLUSTERS * CLUSTER }
+}
+
+/// What a guest knows of its blocks: the byte that fills the block at the start of each cluster.
+struct Guest {
+    driver: Driver,
+    acknowledged: Vec<u8>,
+}
+
+impl Guest {
+    fn write(&mut self, cluster: u64, byte: u8) -> i32 {
+        let queue = &mut self.driver.queues[0];
+        queue.fill(0, &[byte; BLOCK as usize]);
+        let status = queue.ask(Request::Write(cluster * CLUSTER));
+        if status == 0 {
+            self.acknowledged[cluster as usize] = byte;
+        }
+        status
+    }
+
+    /// Every write that was acknowledged is there, and of those that failed nothing.
+    fn verify(&mut self) {
+        for (cluster, byte) in (0..).zip(&self.acknowledged) {
+            let queue = &mut self.driver.queues[0];
+            assert_eq!(queue.ask(Request::Read(cluster * CLUSTER)), 0);
+            assert!(queue.bytes(0) == [*byte; BLOCK as usize], "cluster {cluster}");
+        }
+    }
+
+    fn flush(&mut self) -> i32 {
+        self.driver.queues[0].ask(Request::Flush)
+    }
+}
+
+/// Runs out of room by `fill`, gets it back by `free`.
+fn drill(mut served: Served, fill: impl FnOnce(&Served), free: impl FnOnce(&Served)) {
+    let clock = Clock::new();
+    served.snapshot("before", &clock);
+    let driver = Driver::connect(&served.sockets[0], 1, 1, BLOCK as usize).unwrap();
+    let mut guest = Guest { driver, acknowledged: vec![0; CLUSTERS as usize] };
+    (0..8).for_each(|cluster| assert_eq!(guest.write(cluster, 1), 0));
+    assert_eq!(guest.flush(), 0);
+    fill(&served);
+    // What has room already is still written.
+    (0..8).for_each(|cluster| assert_eq!(guest.write(cluster, 2), 0));
+    let statuses: Vec<_> = (8..CLUSTERS).map(|cluster| guest.write(cluster, 2)).collect();
+    assert!(statuses.iter().all(|status| [0, EIO].contains(status)), "{statuses:?}");
+    assert!(statuses.contains(&EIO), "there was room after all");
+    guest.verify();
+    // Whether these succeed depends on what little room they take. They answer.
+    let _ = guest.flush();
+    let mut client: Client = served.qmp();
+    let taken = client.execute("snapshot-create", json!({ "name": "full" }), |_, _| {}).is_ok();
+    assert_eq!(served.names().contains(&"full".to_owned()), taken);
+    guest.verify();
+
+    free(&served);
+    (0..CLUSTERS).for_each(|cluster| assert_eq!(guest.write(cluster, 3), 0, "cluster {cluster}"));
+    assert_eq!(guest.flush(), 0);
+    guest.verify();
+    served.snapshot("after", &clock);
+    drop(guest);
+    assert!(served.export("before", "vd0").iter().all(|byte| *byte == 0));
+    let export = served.export_file("after", "vd0");
+    served.stop();
+    let layers = served.layers("vd0");
+    layers.iter().filter(|(_, format)| format == "qcow2").for_each(|(path, _)| check_sound(path));
+    same(&export, &layers.last().unwrap().0, "qcow2");
+}
+
+/// No file may become longer: as on a full disk, and needs no privilege.
+fn limit(served: &Served, bytes: Option<u64>) {
+    let limit = Rlimit { current: bytes, maximum: None };
+    prlimit(Pid::from_raw(served.pid().cast_signed()), Resource::Fsize, limit).unwrap();
+}
+
+#[test]
+fn files_that_may_not_grow_fail_writes_and_nothing_else() {
+    for format in ["raw", "qcow2"] {
+        let served = Served::start(wanted(format));
+        drill(served, |served| limit(served, Some(20 * CLUSTER)), |served| limit(served, None));
+    }
+}
+
+/// A small file system of its own; it is unmounted when this is dropped.
+struct Mount(tempfile::TempDir);
+
+impl Mount {
+    /// `None` where this is not allowed.
+    fn new() -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=6M", "tmpfs"]).arg(folder.path());
+        mount.output().is_ok_and(|output| output.status.success()).then(|| Self(folder))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+        assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+    }
+}
+
+/// Takes all that is left.
+fn fill(filler: &Path) {
+    let mut file = std::fs::File::create(filler).unwrap();
+    while file.write_all(&[1; BLOCK as usize]).is_ok() {}
+}
+
+#[test]
+fn a_full_file_system_fails_writes_and_nothing_else() {
+    // Elsewhere the limit on the length of files has to do.
+    let Some(mount) = Mount::new() else { return };
+    for format in ["raw", "qcow2"] {
+        let served = Served::start_in(tempfile::tempdir_in(mount.0.path()).unwrap(), wanted(format));
+        let filler = mount.0.path().join("filler");
+        drill(served, |_| fill(&filler), |_| std::fs::remove_file(&filler).unwrap());
+    }
+}

@@ -1,0 +1,17 @@
+//! The daemon itself, `target/.../frazil serve`, driven without a virtual machine: cuts under load, kills, front-ends
+//! that go and come in mid-cut, disks that are full.
+//!
+//! What may be in a snapshot is proved, not sampled: see [`ledger`].
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "what fails here fails the test")]
+
+mod commands;
+mod full;
+mod held;
+mod images;
+mod killed;
+mod ledger;
+mod load;
+mod prefix;
+mod served;
+mod shared;
