@@ -31,11 +31,14 @@ impl Allocator {
         Self { geometry, next: AtomicU64::new(file_len.next_multiple_of(geometry.cluster_size())), limit }
     }
 
+    /// The end of the cluster at `at`, if it can be counted and named.
+    fn end_of(&self, at: u64) -> Option<u64> {
+        at.checked_add(self.geometry.cluster_size()).filter(|end| *end <= self.limit)
+    }
+
     /// A cluster that nothing uses.
     pub(crate) fn take(&self) -> Result<HostOffset> {
-        let size = self.geometry.cluster_size();
-        let step = |next: u64| next.checked_add(size).filter(|end| *end <= self.limit);
-        match self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, step) {
+        match self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| self.end_of(next)) {
             Ok(at) => Ok(HostOffset(at)),
             Err(_) => Err(Error::new(
                 ErrorKind::NoSpace,
@@ -44,9 +47,10 @@ impl Allocator {
         }
     }
 
-    /// Never hands out the cluster at `used`, nor one before it.
-    pub(crate) fn skip(&self, used: HostOffset) {
-        self.next.fetch_max(used.0 + self.geometry.cluster_size(), Ordering::Relaxed);
+    /// Never hands out the cluster at `used`, nor one before it. `false` if it could not have handed it out.
+    pub(crate) fn skip(&self, used: HostOffset) -> bool {
+        let end = self.end_of(used.0);
+        end.inspect(|end| _ = self.next.fetch_max(*end, Ordering::Relaxed)).is_some()
     }
 }
 

@@ -211,7 +211,7 @@ impl Work {
                     counted.insert(home.offset()?.0 >> image.geometry.cluster_bits);
                 }
             }
-            if !linked {
+            if !linked && !table.exposed.load(Ordering::Relaxed) {
                 let home = match table.home.load(Ordering::Relaxed) {
                     0 => writer.allocator.take()?.0,
                     home => home,
@@ -224,14 +224,15 @@ impl Work {
         self.refcounts.set_to_one(&*image.storage, &writer.allocator, counted)
     }
 
-    /// Writes the batch's entries into tables that are linked, and links those that are not: their entries are in them
-    /// already.
+    /// Writes the batch's entries into tables that may be linked, and links those that surely are not yet. Into a table
+    /// that no flush tried to link before, its entries were written with all of it.
     fn write_mapping(&self, image: &Inner) -> Result<()> {
         for (l1_index, entries) in self.by_table(image) {
             let (table, linked) = image.tables.loaded(l1_index)?;
-            if linked {
+            if table.exposed.swap(true, Ordering::Relaxed) {
                 write_entries(image, table, &entries).context(|| "write an L2 table")?;
-            } else {
+            }
+            if !linked {
                 let entry = Tables::l1_entry(HostOffset(table.home.load(Ordering::Relaxed)));
                 let at = image.l1.0 + l1_index as u64 * 8;
                 image.storage.write_at(&entry.to_be_bytes(), at).context(|| "write the L1 table")?;
@@ -261,7 +262,7 @@ impl Work {
     }
 }
 
-/// Writes a table of which nothing is on disk yet: what of it was published is all in `entries`.
+/// Writes a table that nothing on disk names: what of it was published is all in `entries`.
 fn write_whole_table(image: &Inner, table: &Table, entries: &[(usize, State)]) -> Result<()> {
     let size = image.geometry.entry_size() as usize;
     let mut bytes = vec![0; image.geometry.cluster_size() as usize];

@@ -95,10 +95,12 @@ impl Journal {
     }
 
     /// A flush takes what was published so far: later records go to the other file. If that one still holds what an
-    /// earlier flush failed to write out, the current one goes on.
+    /// earlier flush failed to write out, the current one goes on. So it does if there may be records of a failed append
+    /// in it: the next append takes them away, lest a replay joins them with what was published after them.
     pub(crate) fn rotate(&mut self) {
         let other = 1 - self.current;
-        if self.files.get(other).is_some_and(|file| file.len == 0) {
+        let torn = self.files.get(self.current).is_some_and(|file| file.torn);
+        if !torn && self.files.get(other).is_some_and(|file| file.len == 0) {
             self.current = other;
         }
     }
@@ -270,6 +272,26 @@ mod tests {
         journal.append(&[record(2), record(3)]).unwrap_err();
         journal.append(&[record(4)]).unwrap();
         assert_eq!(records(&Journal::open(a, b, "one").unwrap()), [1, 4]);
+    }
+
+    /// A write failed in the middle of its records. Nobody knows them, so no replay may, whatever happens in between:
+    /// a state that never was would win over those that came later.
+    #[test]
+    fn a_failed_append_is_not_left_behind_in_the_other_half() {
+        for before in [0, 1] {
+            let (a, b) = (file(), file());
+            let mut journal = Journal::open(a.clone(), b.clone(), "one").unwrap();
+            (0..before).for_each(|n| journal.append(&[record(n)]).unwrap());
+            let mut bytes = if before == 0 { journal.header.to_vec() } else { Vec::new() };
+            encode_record(record(7), &journal.header, &mut bytes);
+            a.write_at(&bytes, journal.files[0].len).unwrap();
+            a.fail_writes(1);
+            journal.append(&[record(7), record(8)]).unwrap_err();
+            journal.rotate();
+            journal.append(&[record(9)]).unwrap();
+            let found = records(&Journal::open(a, b, "one").unwrap());
+            assert!(found.contains(&9) && !found.contains(&7), "{found:?}");
+        }
     }
 
     #[test]

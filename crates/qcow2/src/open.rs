@@ -117,12 +117,14 @@ impl Inner {
             if !self.geometry.is_aligned(record.host.0) || self.tables.is_metadata(record.host) {
                 return Err(wrong("data where the image's tables are"));
             }
+            if !writer.allocator.skip(record.host) {
+                return Err(wrong("data past what the image can count"));
+            }
             if home.is_none() {
                 entry.set_home(Home::fresh(record.host));
             } else if home.offset()? != record.host {
                 return Err(wrong("a cluster is elsewhere"));
             }
-            writer.allocator.skip(record.host);
         }
         let valid = if self.geometry.extended { u32::MAX } else { 1 };
         let state = entry.state().join(record.state);

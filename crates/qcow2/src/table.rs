@@ -4,7 +4,7 @@
 //! readers load the state first (acquire), so whoever sees `allocated` sees the home it is in. Homes never change once
 //! set; states only go forward.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use block::{Context, Error, ErrorKind, Result, Storage};
@@ -50,6 +50,9 @@ pub(crate) struct Table {
     pub(crate) entries: Box<[Entry]>,
     /// Where it is, or will be, in the file; zero until a flush first writes it. Only flushes change it.
     pub(crate) home: AtomicU64,
+    /// Whether the L1 table on disk may name it. A flush that begins to link a table may fail, and from then on nothing
+    /// may be written to the table that is not safe in a linked one.
+    pub(crate) exposed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -167,7 +170,11 @@ impl Tables {
                 .collect(),
             _ => self.read(storage, HostOffset(at)).context(|| format!("read the L2 table at {at:#x}"))?,
         };
-        Ok(slot.table.get_or_init(|| Table { entries, home: AtomicU64::new(at) }))
+        Ok(slot.table.get_or_init(|| Table {
+            entries,
+            home: AtomicU64::new(at),
+            exposed: AtomicBool::new(at != 0),
+        }))
     }
 
     fn read(&self, storage: &dyn Storage, at: HostOffset) -> Result<Box<[Entry]>> {

@@ -44,8 +44,10 @@ impl Inner {
         };
         let mut rest = range;
         while rest.len > 0 {
-            let batch =
-                ByteRange { offset: rest.offset, len: rest.len.min(BATCH << self.geometry.cluster_bits) };
+            // Cut at the end of a cluster, lest the cut makes two parts of a subcluster.
+            let inside = rest.offset & (self.geometry.cluster_size() - 1);
+            let most = (BATCH << self.geometry.cluster_bits) - inside;
+            let batch = ByteRange { offset: rest.offset, len: rest.len.min(most) };
             let run = match self.run_at(batch) {
                 Ok(run) => run,
                 Err(error) => return Poll::Ready(Err(error)),

@@ -164,6 +164,22 @@ fn a_journal_of_another_image_is_refused() {
     assert_eq!(mixed.open(None).unwrap_err().kind(), ErrorKind::Corrupt);
 }
 
+/// Records that fit together in themselves, and place data where the image can have none.
+#[test]
+fn a_journal_that_places_data_nowhere_is_refused() {
+    for host in [u64::MAX << 16, 1 << 62, 1 << 56, 1 << 50, 0] {
+        let files = Files::new(memory(), &options(1 << 20, 16, true));
+        write_disk(&files.open(None).unwrap(), 0, &[1; 4096]).unwrap();
+        let half = &files.journal[0];
+        let mut header = [0; 80];
+        half.read_at(&mut header, 0).unwrap();
+        let body = [0, host, 1].map(u64::to_be_bytes).concat();
+        let crc = crc32fast::hash(&[&header[72..76], &body].concat());
+        half.write_at(&[&body, &crc.to_be_bytes()[..]].concat(), 80).unwrap();
+        assert_eq!(files.open(None).unwrap_err().kind(), ErrorKind::Corrupt, "{host:#x}");
+    }
+}
+
 #[test]
 fn ranges_past_the_end_and_files_in_use_are_refused() {
     let files = Files::new(memory(), &options(1_000_001, 16, true));
