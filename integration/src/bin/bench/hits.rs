@@ -29,8 +29,8 @@ pub(crate) fn measure(folder: &Path) -> Result<Tables> {
         let mut rows = Rows { table: header(), figures: Vec::new() };
         let bench = Bench { scratch, daemon, raw, settings };
         bench.raw(&mut rows)?;
-        bench.first_writes(&mut rows)?;
         bench.overlay(&mut rows)?;
+        bench.first_writes(&mut rows)?;
         Ok((rows.table, json!({ "qemu-storage-daemon": settings.name(), "rows": rows.figures })))
     })
 }

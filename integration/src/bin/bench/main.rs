@@ -21,6 +21,9 @@ mod peer;
 /// A figure's table, for people and for programs.
 type Tables = (Table, Value);
 
+/// Measures one part, with its files in this folder.
+type Part = fn(&Path) -> Result<Tables>;
+
 /// Bytes that the images of a part need at most.
 const ROOM: u64 = 4 << 30;
 
@@ -45,7 +48,7 @@ fn bench() -> Result<()> {
             _ => return Err(Error::new(format!("unknown option {word}"))),
         }
     }
-    let parts: [(&str, fn(&Path) -> Result<Tables>); 3] =
+    let parts: [(&str, Part); 3] =
         [("hits", hits::measure), ("cuts", cuts::measure), ("frozen", frozen::measure)];
     let (folder, mut all) = (folder(), Map::new());
     for (name, measure) in parts {
