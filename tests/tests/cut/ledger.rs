@@ -93,29 +93,43 @@ impl Ledger {
 
     fn bytes(&self, place: usize, stamp: u64) -> Vec<u8> {
         let words = [stamp, self.offset(place), !stamp, 0x5eed];
-        words.iter().flat_map(|word| word.to_le_bytes()).cycle().take(self.size).collect()
+        words.map(u64::to_le_bytes).concat().repeat(self.size / 32)
     }
 
-    /// The change, at or after `from`, whose content is found in `image`.
-    fn found(&self, image: &[u8], place: usize, from: usize) -> Option<usize> {
+    fn block<'a>(&self, image: &'a [u8], place: usize) -> &'a [u8] {
         let start = self.offset(place) as usize;
-        let block = &image[start..start + self.size];
+        &image[start..start + self.size]
+    }
+
+    /// The stamp that fills each place, 0 for zeroes; `None` where the block is neither.
+    fn contents(&self, image: &[u8]) -> Vec<Option<u64>> {
+        let zeroes = vec![0; self.size];
+        let content = |place| {
+            let block = self.block(image, place);
+            let stamp = u64::from_le_bytes(block[..8].try_into().unwrap());
+            (block == if stamp == 0 { zeroes.clone() } else { self.bytes(place, stamp) }).then_some(stamp)
+        };
+        (0..self.places.len()).map(content).collect()
+    }
+
+    /// The first change, at or after `from`, that left this content.
+    fn found(&self, place: usize, content: Option<u64>, from: usize) -> Option<usize> {
         let changes = &self.places[place];
-        if block.iter().all(|byte| *byte == 0) {
-            return (from..changes.len()).find(|index| changes[*index].zero);
+        match content? {
+            0 => (from..changes.len()).find(|index| changes[*index].zero),
+            stamp => {
+                let index = changes.binary_search_by_key(&stamp, |change| change.submitted).ok()?;
+                (!changes[index].zero && index >= from).then_some(index)
+            }
         }
-        let stamp = u64::from_le_bytes(block[..8].try_into().unwrap());
-        let index = changes.binary_search_by_key(&stamp, |change| change.submitted).ok()?;
-        let whole = !changes[index].zero && block == self.bytes(place, stamp);
-        (whole && index >= from).then_some(index)
     }
 
     /// After the device was killed: whatever was answered is on the disk, of which `image` is the content, and of what
     /// was in flight the ledger now knows whether it is.
     pub(crate) fn settle(&mut self, image: &[u8], now: u64) {
-        for place in 0..self.places.len() {
+        for (place, content) in self.contents(image).into_iter().enumerate() {
             let last = self.places[place].iter().rposition(|change| change.answered != u64::MAX).unwrap();
-            let found = self.found(image, place, last);
+            let found = self.found(place, content, last);
             let found = found.unwrap_or_else(|| panic!("{} was lost", self.story(image, place)));
             let changes = &mut self.places[place];
             changes.truncate(found + 1);
@@ -147,20 +161,24 @@ pub(crate) fn prove(cut: &Cut, disks: &[(Vec<u8>, Vec<&Ledger>)]) {
     // All that was answered before `instant` must be there. What is found there may move it: the latest submission of
     // what is there, at least. The least choice is looked for, so it is found if there is one.
     let mut instant = cut.asked;
+    let all: Vec<_> = disks
+        .iter()
+        .flat_map(|(image, ledgers)| {
+            ledgers.iter().map(move |ledger| (image, ledger, ledger.contents(image)))
+        })
+        .collect();
     loop {
         let mut latest = instant;
-        for (image, ledgers) in disks {
-            for ledger in ledgers {
-                for (place, changes) in ledger.places.iter().enumerate() {
-                    let due = changes.partition_point(|change| change.answered < instant) - 1;
-                    let Some(found) = ledger.found(image, place, due) else {
-                        panic!(
-                            "{cut:?} lacks what was answered before {instant}: {}",
-                            ledger.story(image, place)
-                        );
-                    };
-                    latest = latest.max(changes[found].submitted);
-                }
+        for (image, ledger, contents) in &all {
+            for (place, changes) in ledger.places.iter().enumerate() {
+                let due = changes.partition_point(|change| change.answered < instant) - 1;
+                let Some(found) = ledger.found(place, contents[place], due) else {
+                    panic!(
+                        "{cut:?} lacks what was answered before {instant}: {}",
+                        ledger.story(image, place)
+                    );
+                };
+                latest = latest.max(changes[found].submitted);
             }
         }
         assert!(latest < cut.answered, "{cut:?} has a change that was submitted after it, at {latest}");
@@ -171,6 +189,7 @@ pub(crate) fn prove(cut: &Cut, disks: &[(Vec<u8>, Vec<&Ledger>)]) {
     }
 }
 
+#[cfg(test)]
 mod tests {
     use super::*;
 
