@@ -134,16 +134,21 @@ impl Store {
     ) -> Result<()> {
         // Not resolved further: a device's stable name must stay, what it links to changes with each boot.
         let path = std::path::absolute(path).context(|| format!("disk {id}: {}", path.display()))?;
+        if !read_only {
+            self.refuse_buried(id, &path)?;
+        }
         if let Ok(known) = self.manifest().disk(id) {
             let base = &known.layers[0];
             if base.path == path && base.format == format {
                 return Ok(());
             }
             let story = format!(
-                "the state directory {} knows disk {id} with the base image {}, not {}: give that one, or use \
-                 another state directory",
+                "the state directory {} knows disk {id} with the {} base image {}, not the {} image {}: give that \
+                 one, or use another state directory",
                 self.folder.display(),
+                format_name(base.format),
                 base.path.display(),
+                format_name(format),
                 path.display()
             );
             return Err(Error::new(ErrorKind::InvalidInput, story));
@@ -156,6 +161,27 @@ impl Store {
             manifest.disks.insert(id.to_owned(), DiskEntry { layers: vec![base], next: 1 });
             Ok(())
         })
+    }
+
+    /// A disk that got another id must not write into the image beneath the snapshots that it had under the old one.
+    fn refuse_buried(&self, id: &str, path: &Path) -> Result<()> {
+        let is_beneath = |disk: &DiskEntry| {
+            disk.layers
+                .split_last()
+                .is_some_and(|(_, beneath)| beneath.iter().any(|layer| layer.path == path))
+        };
+        let manifest = self.manifest();
+        match manifest.disks.iter().find(|(other, disk)| *other != id && is_beneath(disk)) {
+            None => Ok(()),
+            Some((other, _)) => {
+                let story = format!(
+                    "{} lies beneath the snapshots of disk {other}, which writing to it would spoil: serve it with \
+                     id={other}",
+                    path.display()
+                );
+                Err(Error::new(ErrorKind::InvalidInput, story))
+            }
+        }
     }
 
     /// Opens the first `count` layers of a disk, all read-only but for the one with the index `writable`. What an
@@ -298,11 +324,14 @@ fn backing_name(overlay: &Path, beneath: &LayerEntry) -> (String, String) {
         true => name.into_owned(),
         false => beneath.path.to_string_lossy().into_owned(),
     };
-    let format = match beneath.format {
+    (name, format_name(beneath.format).to_owned())
+}
+
+fn format_name(format: ImageFormat) -> &'static str {
+    match format {
         ImageFormat::Raw => "raw",
         ImageFormat::Qcow2 => "qcow2",
-    };
-    (name, format.to_owned())
+    }
 }
 
 fn lock(folder: &Path) -> Result<File> {

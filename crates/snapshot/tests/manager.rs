@@ -80,6 +80,20 @@ fn one_process_a_state_directory_and_one_base_a_disk() {
 }
 
 #[test]
+fn a_disk_under_another_id_does_not_write_beneath_the_snapshots_that_it_had() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    snapshot(&manager, "one");
+    manager.shut_down().unwrap();
+    drop(manager);
+    let mut renamed = bench.disks.clone();
+    renamed[0].id = "root".to_owned();
+    let opened = Manager::open(&bench.path("state"), &renamed, FreezeDefaults::default(), None);
+    let error = opened.err().unwrap();
+    assert!(error.to_string().contains("serve it with id=vda"), "{error}");
+}
+
+#[test]
 fn the_newest_snapshot_can_be_deleted_and_the_disk_does_not_change() {
     let bench = Bench::new(&["vda", "vdb"]);
     let manager = bench.open();
