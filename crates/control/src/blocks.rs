@@ -5,6 +5,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
+use hostio::Cache;
 use serde::Serialize;
 use snapshot::{DiskStatus, ImageFormat};
 
@@ -40,7 +41,17 @@ pub(crate) struct BlockDeviceInfo {
     iops_rd: u64,
     iops_wr: u64,
     image: ImageInfo,
+    cache: BlockdevCacheInfo,
     write_threshold: u64,
+}
+
+/// QEMU's `BlockdevCacheInfo`: flushes are needed, and heeded.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockdevCacheInfo {
+    writeback: bool,
+    direct: bool,
+    no_flush: bool,
 }
 
 /// QEMU's `ImageInfo`.
@@ -107,6 +118,7 @@ fn node(disk: &DiskStatus, depth: usize) -> Option<BlockDeviceInfo> {
             backing_filename: backing_file,
             backing_filename_format: backing.map(|backing| backing.format),
         },
+        cache: BlockdevCacheInfo { writeback: true, direct: disk.cache == Cache::None, no_flush: false },
         write_threshold: 0,
     })
 }

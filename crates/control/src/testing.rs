@@ -6,6 +6,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use block::{Error, ErrorKind, Result};
+use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
     CreateRequest, DiskProbe, DiskStatus, Event, FreezeOwner, Grade, ImageFormat, SnapshotDisk,
@@ -212,6 +213,7 @@ impl Service for Fake {
             capacity: 1 << 30,
             read_only: false,
             connected: true,
+            cache: Cache::None,
             layers: vec![image("vda"), overlay],
         }]
     }

@@ -11,10 +11,13 @@ use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl
 
 use rustix::io::Errno;
 
+use serde::{Deserialize, Serialize};
+
 use crate::lock;
 
 /// Whether data I/O goes through the host's page cache.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Cache {
     /// Through the page cache; a flush writes it out.
     #[default]

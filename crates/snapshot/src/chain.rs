@@ -6,6 +6,7 @@ use std::task::{Poll, Waker};
 
 use arc_swap::ArcSwapOption;
 use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Gate, Result, WriteGuard};
+use hostio::Cache;
 
 use crate::layer::Layer;
 use crate::model::{DiskStatus, SnapshotDisk};
@@ -126,7 +127,7 @@ impl Chain {
     }
 
     /// What a client is told of it.
-    pub(crate) fn status(&self) -> DiskStatus {
+    pub(crate) fn status(&self, cache: Cache) -> DiskStatus {
         let image = |layer: &Arc<Layer>| SnapshotDisk {
             id: self.id.clone(),
             path: layer.entry.path.clone(),
@@ -137,6 +138,7 @@ impl Chain {
             capacity: self.capacity,
             read_only: self.read_only,
             connected: self.is_connected(),
+            cache,
             layers: self.layers().iter().map(image).collect(),
         }
     }

@@ -241,8 +241,7 @@ impl Manager {
         format: ImageFormat,
         progress: Progress<'_>,
     ) -> Result<()> {
-        let what = || format!("export disk {disk} of snapshot '{name}'");
-        export::export(&*self.snapshot_disk(name, disk)?, out, format, progress).context(what)
+        export::export(&*self.snapshot_disk(name, disk)?, out, format, progress)
     }
 
     /// Forgets a snapshot, the newest of its disks, and merges what was written since into the image that held it.
@@ -259,7 +258,7 @@ impl Manager {
 
     /// The disks that are served.
     pub fn disks(&self) -> Vec<DiskStatus> {
-        self.disks.values().map(|disk| disk.chain.status()).collect()
+        self.disks.values().map(|disk| disk.chain.status(disk.cache)).collect()
     }
 
     /// The snapshot that is prepared and waits for its release.

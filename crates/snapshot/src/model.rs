@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hostio::Cache;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
@@ -259,6 +260,8 @@ pub struct DiskStatus {
     pub read_only: bool,
     /// Whether a front-end is connected.
     pub connected: bool,
+    /// The way of its data I/O.
+    pub cache: Cache,
     /// The chain's images, the base first, the active layer last.
     pub layers: Vec<SnapshotDisk>,
 }

@@ -196,6 +196,7 @@ fn the_disks_are_shown_as_qemu_shows_them() {
     assert_eq!(inserted["backing_file_depth"], 1);
     assert_eq!(inserted["image"]["backing-filename"], "/images/base.raw");
     assert_eq!(inserted["image"]["virtual-size"], 1 << 30);
+    assert_eq!(inserted["cache"], json!({"writeback": true, "direct": true, "no-flush": false}));
     let nodes = run_one("query-named-block-nodes", json!({})).unwrap();
     assert_eq!(nodes[0], *inserted);
     assert_eq!(

@@ -101,6 +101,7 @@ fn the_status_leads_with_a_thaw_that_is_owed_and_lists_the_disks() {
         "thaw-owed": true, "prepared": "monday", "snapshots": 3,
         "disks": [{
             "id": "vda", "capacity": 8_u64 << 30, "read-only": false, "connected": true,
+            "cache": "writeback",
             "layers": [
                 { "id": "vda", "path": "/img/root.img", "format": "raw" },
                 { "id": "vda", "path": "/img/root.vda-000001.qcow2", "format": "qcow2" },
