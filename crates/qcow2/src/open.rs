@@ -114,11 +114,10 @@ impl Inner {
         let entry = self.tables.entry_for_write(&*self.storage, record.cluster)?;
         let home = entry.home();
         if record.host.0 != 0 {
-            if !self.geometry.is_aligned(record.host.0) || self.tables.is_metadata(record.host) {
-                return Err(wrong("data where the image's tables are"));
-            }
-            if !writer.allocator.skip(record.host) {
-                return Err(wrong("data past what the image can count"));
+            let countable = writer.allocator.skip(record.host);
+            let holds_data = record.state.allocated() != 0;
+            if !countable || !self.tables.can_be_data(record.host, holds_data) {
+                return Err(wrong("data where it can have none"));
             }
             if home.is_none() {
                 entry.set_home(Home::fresh(record.host));

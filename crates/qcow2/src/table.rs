@@ -149,8 +149,14 @@ impl Tables {
         at.0 | COPIED
     }
 
-    /// Whether `at` is where one of the image's own tables is.
-    pub(crate) fn is_metadata(&self, at: HostOffset) -> bool {
+    /// Whether a cluster at `at` can be a guest's: not in the middle of others, and off the image's own tables. If it
+    /// `holds_data`, the file had it already when it was opened.
+    pub(crate) fn can_be_data(&self, at: HostOffset, holds_data: bool) -> bool {
+        let inside = at.0 < self.limit || !holds_data;
+        self.geometry.is_aligned(at.0) && inside && !self.is_metadata(at)
+    }
+
+    fn is_metadata(&self, at: HostOffset) -> bool {
         self.metadata.as_ref().is_some_and(|metadata| metadata.contains(at))
     }
 

@@ -167,7 +167,7 @@ fn a_journal_of_another_image_is_refused() {
 /// Records that fit together in themselves, and place data where the image can have none.
 #[test]
 fn a_journal_that_places_data_nowhere_is_refused() {
-    for host in [u64::MAX << 16, 1 << 62, 1 << 56, 1 << 50, 0] {
+    for host in [u64::MAX << 16, 1 << 62, 1 << 56, 1 << 50, 1 << 24, (1 << 16) + 512, 1 << 16, 0] {
         let files = Files::new(memory(), &options(1 << 20, 16, true));
         write_disk(&files.open(None).unwrap(), 0, &[1; 4096]).unwrap();
         let half = &files.journal[0];
