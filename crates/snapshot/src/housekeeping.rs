@@ -39,6 +39,9 @@ pub(crate) struct Duties {
     pub(crate) disks: Vec<Served>,
     /// See [`Manager`](crate::Manager): held while a chain or its manifest is changed.
     pub(crate) change: Arc<Mutex<bool>>,
+    /// See [`Manager`](crate::Manager): held while images may be closed. Not `change`: a snapshot that is asked for
+    /// while tables are written out is not refused.
+    pub(crate) images: Arc<Mutex<()>>,
     pub(crate) held: Arc<Mutex<Option<Prepared>>>,
     pub(crate) bus: Arc<Bus>,
 }
@@ -108,8 +111,8 @@ impl Duties {
 
     fn write_tables_out(&self) {
         // A chain whose images are being closed must not be held open by a flush; the next time will do.
-        let change = self.change.try_lock();
-        if matches!(change, Err(TryLockError::WouldBlock)) {
+        let images = self.images.try_lock();
+        if matches!(images, Err(TryLockError::WouldBlock)) {
             return;
         }
         for Served { chain, .. } in &self.disks {

@@ -75,6 +75,8 @@ pub struct Manager {
     held: Arc<Mutex<Option<Prepared>>>,
     /// Held by whoever changes a chain or its manifest; true once no more changes are taken.
     change: Arc<Mutex<bool>>,
+    /// Held, after `change`, by whoever closes images, and by housekeeping while it flushes them.
+    images: Arc<Mutex<()>>,
     housekeeping: Option<Housekeeping>,
     _collector: Option<Collector>,
 }
@@ -120,6 +122,7 @@ impl Manager {
         let duties = Duties {
             store: Arc::clone(&manager.store),
             change: Arc::clone(&manager.change),
+            images: Arc::clone(&manager.images),
             disks: manager.disks.values().cloned().collect(),
             held: Arc::clone(&manager.held),
             bus: Arc::clone(&manager.bus),
@@ -162,6 +165,7 @@ impl Manager {
             bus,
             held: Arc::default(),
             change: Arc::default(),
+            images: Arc::default(),
             housekeeping: None,
             _collector: collector,
         })
@@ -414,6 +418,7 @@ impl Manager {
     /// Runs `work` on the state directory with the images of a snapshot's disks closed.
     fn maintain(&self, name: &str, work: impl FnOnce(&Store) -> Result<()>) -> Result<()> {
         let _change = self.begin()?;
+        let _images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         let ids: Vec<_> = self.show(name)?.disks.into_iter().map(|disk| disk.id).collect();
         let disks: Vec<_> = ids.iter().filter_map(|id| self.disks.get(id)).collect();
         // A front-end that connects from here on waits at the gates.
