@@ -1,6 +1,7 @@
 //! The commands without a guest, against the daemon and against its state directory.
 
 use std::process::Output;
+use std::time::{Duration, Instant};
 
 use frazil_tests::{Driver, Request};
 use serde_json::Value;
@@ -42,10 +43,14 @@ fn write(served: &Served, byte: u8) {
         driver.queues[0].fill(0, &[byte; 64 << 10]);
         assert_eq!(driver.queues[0].ask(Request::Write(0)), 0);
     }
-    // That it is gone is noticed a little later.
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    wait_for_nobody(served);
+}
+
+/// That a guest is gone is noticed a little later.
+fn wait_for_nobody(served: &Served) {
+    let deadline = Instant::now() + Duration::from_secs(20);
     while json(&run(served, &["status", "--json"]))["disks"].as_array().unwrap().iter().any(is_connected) {
-        assert!(std::time::Instant::now() < deadline);
+        assert!(Instant::now() < deadline, "a guest that is gone is still told to be connected");
     }
 }
 
@@ -56,6 +61,7 @@ fn is_connected(disk: &Value) -> bool {
 /// The byte that fills both disks.
 fn content(served: &Served) -> u8 {
     let disks: Vec<_> = (0..2).map(|disk| served.read(disk)).collect();
+    wait_for_nobody(served);
     assert!(disks.iter().all(|disk| disk[..64 << 10] == [disks[0][0]; 64 << 10]));
     disks[0][0]
 }
