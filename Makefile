@@ -25,7 +25,7 @@ test: deps ## run all tests, those with real guests included
 	$(CARGO) build --quiet
 	$(RUN_TESTS) --workspace $(ALL_OF_THEM)
 	$(CARGO) test --quiet --workspace --doc
-	@$(if $(MOUNTS),,echo "test: NOT run for want of root or loop devices: the probe on mounted and frozen file systems")
+	@$(if $(MOUNTS),,echo "test: NOT run for want of root or loop devices: the tests that mount file systems")
 
 .PHONY: check
 check: lint test ## the gate: everything that must hold before a commit
