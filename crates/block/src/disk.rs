@@ -109,7 +109,8 @@ pub enum FlushStep {
 }
 
 /// A flush under way. The caller does the syncs, for only it knows how to wait for them; dropping it early leaves the
-/// rest to the next flush.
+/// rest to the next flush. It is not dropped while a sync is under way: nobody would hear that the sync failed, and the
+/// kernel tells of it once.
 pub trait Flush: Send {
     /// The next step, given how the syncs of the last one went (`Ok` at first). After an error or
     /// [`FlushStep::Done`] the flush is over. A failed sync is final: the disk latches it.

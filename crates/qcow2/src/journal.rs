@@ -133,10 +133,13 @@ impl File {
             self.storage.set_len(self.len)?;
         }
         self.torn = true;
-        self.storage.write_at(bytes, self.len)?;
-        self.torn = false;
-        self.len += bytes.len() as u64;
-        Ok(())
+        let written = self.storage.write_at(bytes, self.len);
+        match written {
+            Ok(()) => (self.len, self.torn) = (self.len + bytes.len() as u64, false),
+            // At once, for there may be no next append before the process is killed.
+            Err(_) => self.torn = self.storage.set_len(self.len).is_err(),
+        }
+        written
     }
 
     fn clear(&mut self) -> Result<()> {
@@ -270,6 +273,7 @@ mod tests {
         a.write_at(&bytes, journal.files[0].len).unwrap();
         a.fail_writes(1);
         journal.append(&[record(2), record(3)]).unwrap_err();
+        assert_eq!(records(&Journal::open(a.clone(), b.clone(), "one").unwrap()), [1]);
         journal.append(&[record(4)]).unwrap();
         assert_eq!(records(&Journal::open(a, b, "one").unwrap()), [1, 4]);
     }
@@ -285,8 +289,10 @@ mod tests {
             let mut bytes = if before == 0 { journal.header.to_vec() } else { Vec::new() };
             encode_record(record(7), &journal.header, &mut bytes);
             a.write_at(&bytes, journal.files[0].len).unwrap();
-            a.fail_writes(1);
+            // Cutting it off fails as well.
+            a.limit_len(0);
             journal.append(&[record(7), record(8)]).unwrap_err();
+            a.limit_len(u64::MAX);
             journal.rotate();
             journal.append(&[record(9)]).unwrap();
             let found = records(&Journal::open(a, b, "one").unwrap());
