@@ -2,6 +2,7 @@
 //!
 //! **It must never be able to freeze this machine**: a host whose file systems are frozen hangs. So the agent is started
 //! with all such commands blocked, that is checked before anything else, and no test sends a freeze at all.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
