@@ -139,8 +139,8 @@ impl Session {
         self.call(&qga::guest_get_fsinfo {}, deadline)
     }
 
-    /// Freezes what `coverage` says (nothing, if it has no target), and returns how many file systems the agent says it froze;
-    /// [`Coverage::judge_freeze`] knows what to make of the number.
+    /// Freezes what `coverage` says, and returns how many file systems the agent says it froze: as many as there are
+    /// targets, if all is well.
     ///
     /// A thaw is owed from before this call until [`Session::thaw`] succeeds, also when the number is 0 (the guest's
     /// freeze hook has run) and when this returns an error: the freeze may be late, and this session then thaws before
