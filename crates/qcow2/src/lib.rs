@@ -8,7 +8,7 @@
 //!                   └──────┘ replayed at the next open on the same boot of the host
 //! ```
 //!
-//! [`create`] writes an empty image. [`Image`] is a [`block::Disk`]: it says where bytes are, the caller moves them.
+//! [`create()`] writes an empty image. [`Image`] is a [`block::Disk`]: it says where bytes are, the caller moves them.
 //! [`Image::seal`] ends the writing in an instant; the flush after it leaves an image in which `qemu-img check` finds
 //! nothing at all. A killed process leaves at most leaked clusters, and loses no write that it acknowledged.
 //!

@@ -21,7 +21,7 @@
 //! - Freeze first, gate second. Inside the gate nothing waits for the guest, nothing is created, synced or told.
 //! - A guest that may be frozen is held by a cut or by the [`Collector`], and its *thaw owed* record is durable.
 //! - A failure before the pivot leaves everything as it was; after the pivot the snapshot stands.
-//! - [`grade`] alone says how clean a snapshot is, and all doubt makes it a crash.
+//! - [`grade()`] alone says how clean a snapshot is, and all doubt makes it a crash.
 //! - Every wait has a deadline ([`Limits`]).
 //!
 //! # I/O model

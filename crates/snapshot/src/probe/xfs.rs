@@ -1,4 +1,4 @@
-//! XFS: the super-block; what decides is in the log ([`xfs_log`](super::xfs_log)).
+//! XFS: the super-block; what decides is in the log ([`super::xfs_log`]).
 //!
 //! Source: "XFS Algorithms & Data Structures", Superblocks; Linux `fs/xfs/libxfs/xfs_format.h`.
 
