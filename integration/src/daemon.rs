@@ -73,7 +73,7 @@ impl Daemon {
         for id in ids {
             let image = scratch.sparse_file(&format!("{id}.raw"), Self::DISK_BYTES)?;
             let socket = scratch.path(&format!("{id}.sock"));
-            let queues = Guest::PROCESSORS;
+            let queues = Guest::QUEUES;
             let (path, at) = (image.display(), socket.display());
             arguments.push("--disk".into());
             arguments.push(format!("id={id},path={path},format=raw,socket={at},queues={queues},serial={id}"));

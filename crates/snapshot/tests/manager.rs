@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -290,4 +291,45 @@ fn a_qcow2_base_with_its_own_backing_file_is_served() {
     assert_eq!((exported[0], exported[8192]), (1, 5));
     manager.shut_down().unwrap();
     check(&base);
+}
+
+/// A loop device on a file, as a host's block device; taken away when this is dropped.
+struct Device(String);
+
+impl Device {
+    fn new(file: &Path) -> Self {
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
+        assert!(made.status.success(), "no loop device: {made:?}");
+        Self(String::from_utf8(made.stdout).unwrap().trim().to_owned())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        Command::new("losetup").args(["--detach", &self.0]).status().unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs root and loop devices"]
+fn a_block_device_is_a_base_whose_overlays_are_in_the_state_directory() {
+    for cache in [Cache::Writeback, Cache::None] {
+        let mut bench = Bench::new(&["vda"]);
+        let device = Device::new(&bench.disks[0].path);
+        bench.disks[0] = DiskConfig { path: device.0.clone().into(), cache, ..bench.disks[0].clone() };
+        let manager = bench.open();
+        stamp(&manager, "vda", 0, 1);
+        let record = snapshot(&manager, "one");
+        assert_eq!(record.disks[0].path, Path::new(&device.0));
+        stamp(&manager, "vda", 0, 2);
+        let overlay = manager.disks()[0].layers[1].path.clone();
+        assert_eq!(overlay.parent(), Some(bench.path("state/layers").as_path()));
+        manager.shut_down().unwrap();
+        drop(manager);
+        check(&overlay);
+        let manager = bench.open();
+        assert_eq!((byte(&manager, "vda", 0), bench.export(&manager, "one", "vda")[0]), (2, 1));
+        manager.delete("one").unwrap();
+        assert_eq!((byte(&manager, "vda", 0), overlay.exists()), (2, false));
+    }
 }
