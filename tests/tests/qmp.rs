@@ -4,12 +4,14 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use control::Server;
+use control::client::Client;
 use control::testing::Fake;
+use serde_json::json;
 
 /// The release that the test is written for.
 const PACKAGE: &str = "qemu.qmp==0.0.6";
@@ -102,6 +104,17 @@ fn qmp_shell_gets_along_with_it() {
     assert_eq!(service.lease(), Some(std::time::Duration::from_millis(1500)));
 }
 
+/// A process that does not outlive its test.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended already, as it should.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// The daemon itself, by the same shell: a snapshot is taken, found and deleted, and the daemon ends.
 #[test]
 fn qmp_shell_drives_the_daemon() {
@@ -112,16 +125,17 @@ fn qmp_shell_drives_the_daemon() {
     let program = test.parent().and_then(Path::parent).unwrap().join("frazil");
     let words =
         format!("id=vda,path={},format=raw,socket={}", disk.display(), folder.path().join("vda").display());
-    let mut daemon = Command::new(program)
+    let started = Command::new(program)
         .args(["serve", "--disk", &words, "--state"])
         .arg(folder.path().join("state"))
         .arg("--control")
         .arg(&socket)
         .spawn()
         .expect("frazil is not built: run `make test`, or `cargo build` before");
+    let mut daemon = Daemon(started);
     let deadline = Instant::now() + Duration::from_secs(30);
     while UnixStream::connect(&socket).is_err() {
-        assert_eq!(daemon.try_wait().unwrap(), None, "frazil serve has ended");
+        assert_eq!(daemon.0.try_wait().unwrap(), None, "frazil serve has ended");
         assert!(Instant::now() < deadline, "frazil serve does not listen");
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -130,10 +144,10 @@ fn qmp_shell_drives_the_daemon() {
         snapshot-create name=typed disks=[\"vda\"] freeze=never\n\
         query-snapshot name=typed probe=true\n\
         snapshot-delete name=typed\n\
-        query-snapshots\n\
-        quit\n";
+        query-snapshots\n";
     let text = type_into_shell(&socket, folder.path(), lines);
-    let ended = daemon.wait().unwrap();
+    Client::connect(&socket).unwrap().execute("quit", json!({}), |_, _| {}).unwrap();
+    let ended = daemon.0.wait().unwrap();
     assert!(ended.success(), "{ended}: {text}");
     for expected in [
         r#"{"return": {"running": false, "status": "prelaunch"}}"#,

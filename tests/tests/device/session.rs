@@ -27,9 +27,10 @@ fn two_hundred_front_ends_leave_nothing_behind() {
             after_warm_up = (open_files(), threads());
         }
     }
-    // The kernel's own threads for io_uring end a little later than the rings.
-    wait_until("threads to end", || threads() <= after_warm_up.1);
-    assert_eq!(open_files(), after_warm_up.0);
+    // A session is told to be over just before it lets go, and the kernel's own threads for io_uring end later still.
+    wait_until("files to be closed and threads to end", || {
+        open_files() <= after_warm_up.0 && threads() <= after_warm_up.1
+    });
 }
 
 #[test]
