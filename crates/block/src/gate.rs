@@ -9,7 +9,7 @@ use crate::{Error, ErrorKind, Result};
 
 /// Stands between a disk's virtqueues and their workers.
 ///
-/// Open, it costs a worker one uncontended atomic addition a request. Closed, requests stay in the guest's own rings;
+/// Open, it costs a worker one uncontended atomic exchange a request. Closed, requests stay in the guest's own rings;
 /// nothing is queued here. A worker enters the gate through its own [`Lane`].
 ///
 /// ```text
@@ -17,7 +17,7 @@ use crate::{Error, ErrorKind, Result};
 /// ```
 #[derive(Debug, Default)]
 pub struct Gate {
-    /// How many [`Closed`] there are. Zero is open.
+    /// How many [`Closed`] there are. Zero is open. Changed with `lanes` locked, together with their marks.
     closers: AtomicUsize,
     lanes: Mutex<Vec<Arc<LaneState>>>,
     drained: Condvar,
@@ -25,12 +25,16 @@ pub struct Gate {
 
 #[derive(Debug)]
 struct LaneState {
-    /// Requests accepted whose used ring entry is not yet written.
-    in_flight: AtomicU64,
+    /// Requests accepted whose used ring entry is not yet written, and [`CLOSED`]: in one word, so that a request is
+    /// either counted or refused, and never for a moment both.
+    word: AtomicU64,
     /// When the first request was refused since the gate closed.
     refused: Mutex<Option<Instant>>,
     waker: Waker,
 }
+
+/// The mark of a closed gate in a lane's word.
+const CLOSED: u64 = 1 << 63;
 
 /// What the guest felt of a closed gate.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -44,14 +48,21 @@ pub struct Wait {
 impl Gate {
     /// A lane for one worker. `waker` is called when the gate opens, and the worker then looks at its ring again.
     pub fn lane(self: &Arc<Self>, waker: Waker) -> Lane {
-        let state = Arc::new(LaneState { in_flight: AtomicU64::new(0), refused: Mutex::new(None), waker });
-        self.lock().push(Arc::clone(&state));
+        let mut lanes = self.lock();
+        let word = AtomicU64::new(if self.is_closed() { CLOSED } else { 0 });
+        let state = Arc::new(LaneState { word, refused: Mutex::new(None), waker });
+        lanes.push(Arc::clone(&state));
         Lane { gate: Arc::clone(self), state }
     }
 
     /// Stops the taking of requests on every lane, at once. Those in flight go on.
     pub fn close(self: &Arc<Self>) -> Closed {
-        self.closers.fetch_add(1, Ordering::SeqCst);
+        let lanes = self.lock();
+        if self.closers.fetch_add(1, Ordering::SeqCst) == 0 {
+            for lane in lanes.iter() {
+                lane.word.fetch_or(CLOSED, Ordering::SeqCst);
+            }
+        }
         Closed { gate: Arc::clone(self) }
     }
 
@@ -71,7 +82,7 @@ impl Gate {
 }
 
 fn in_flight(lanes: &[Arc<LaneState>]) -> u64 {
-    lanes.iter().map(|lane| lane.in_flight.load(Ordering::SeqCst)).sum()
+    lanes.iter().map(|lane| lane.in_flight()).sum()
 }
 
 /// A worker's way through the gate. Dropping it takes the lane away; its requests must have left.
@@ -83,19 +94,14 @@ pub struct Lane {
 
 impl Lane {
     /// Asks to take one request that is known to wait in the ring. `false` if the gate is closed: leave it there.
-    ///
-    /// # Ordering
-    /// The addition comes before the look at `closers`, and [`Gate::close`] comes before [`Closed::drain`]'s look at
-    /// the counts, all sequentially consistent: either the worker sees the gate closed or the drain sees the request.
     #[must_use = "a request that was refused must stay in the ring"]
     pub fn enter(&self) -> bool {
-        self.state.in_flight.fetch_add(1, Ordering::SeqCst);
-        if self.gate.closers.load(Ordering::SeqCst) == 0 {
-            return true;
+        let one_more = |word: u64| (word & CLOSED == 0).then_some(word + 1);
+        let entered = self.state.word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).is_ok();
+        if !entered {
+            self.refuse();
         }
-        self.refuse();
-        self.leave(1);
-        false
+        entered
     }
 
     /// Notes since when a request waits. The gate may have opened since the look at it; who opens it takes the notes
@@ -103,7 +109,7 @@ impl Lane {
     /// stayed would be counted at the next opening, as a wait from now until then.
     fn refuse(&self) {
         let mut refused = self.state.refused();
-        if self.gate.is_closed() {
+        if self.state.word.load(Ordering::SeqCst) & CLOSED != 0 {
             refused.get_or_insert_with(Instant::now);
         } else {
             // The opening's waker may have come before the refusal.
@@ -113,9 +119,9 @@ impl Lane {
 
     /// Reports `count` requests whose used ring entries have been written.
     pub fn leave(&self, count: u64) {
-        let before = self.state.in_flight.fetch_sub(count, Ordering::SeqCst);
-        debug_assert!(before >= count, "more requests left the gate than had entered");
-        if before == count && self.gate.is_closed() {
+        let before = self.state.word.fetch_sub(count, Ordering::SeqCst);
+        debug_assert!(before & !CLOSED >= count, "more requests left the gate than had entered");
+        if before == CLOSED | count {
             // Taking the lock orders this with a drain that has looked but not yet slept.
             drop(self.gate.lock());
             self.gate.drained.notify_all();
@@ -124,7 +130,7 @@ impl Lane {
 
     /// Requests of this lane in flight.
     pub fn in_flight(&self) -> u64 {
-        self.state.in_flight.load(Ordering::SeqCst)
+        self.state.in_flight()
     }
 }
 
@@ -136,6 +142,10 @@ impl Drop for Lane {
 }
 
 impl LaneState {
+    fn in_flight(&self) -> u64 {
+        self.word.load(Ordering::SeqCst) & !CLOSED
+    }
+
     fn refused(&self) -> MutexGuard<'_, Option<Instant>> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -196,6 +206,7 @@ impl Drop for Closed {
         let lanes = self.gate.lock();
         if self.gate.closers.fetch_sub(1, Ordering::SeqCst) == 1 {
             for lane in lanes.iter() {
+                lane.word.fetch_and(!CLOSED, Ordering::SeqCst);
                 *lane.refused() = None;
                 lane.waker.wake_by_ref();
             }
@@ -296,6 +307,9 @@ mod tests {
             let closed = gate.close();
             closed.drain(Instant::now() + Duration::from_secs(10)).unwrap();
             assert_eq!(inside.load(Ordering::Relaxed), 0);
+            for _ in 0..100 {
+                assert_eq!(gate.in_flight(), 0, "a refusal was counted");
+            }
             drop(closed);
         }
         stop.store(true, Ordering::Relaxed);
