@@ -127,11 +127,6 @@ impl Lane {
             self.gate.drained.notify_all();
         }
     }
-
-    /// Requests of this lane in flight.
-    pub fn in_flight(&self) -> u64 {
-        self.state.in_flight()
-    }
 }
 
 impl Drop for Lane {

@@ -79,11 +79,6 @@ impl HostFile {
         Ok(Self { path: path.to_owned(), file, direct, is_device, in_memory })
     }
 
-    /// The path it was opened by.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Whether it is a block device.
     pub fn is_device(&self) -> bool {
         self.is_device

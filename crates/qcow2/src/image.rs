@@ -153,11 +153,6 @@ impl Image {
             core.dirty.len() + core.unflushed
         })
     }
-
-    /// The disk beneath, if any.
-    pub fn backing(&self) -> Option<&Arc<dyn Disk>> {
-        self.0.backing.as_ref()
-    }
 }
 
 impl Disk for Image {

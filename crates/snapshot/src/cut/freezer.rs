@@ -81,7 +81,8 @@ impl Freezer {
     }
 
     /// Whether a thaw is owed that no cut is going to send.
-    pub fn is_owed(&self) -> bool {
+    #[cfg(test)]
+    pub(super) fn is_owed(&self) -> bool {
         matches!(self.lock().debt, Debt::Owed { .. })
     }
 
