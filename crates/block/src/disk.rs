@@ -7,6 +7,9 @@ use std::task::{Poll, Wake, Waker};
 use crate::{ByteRange, Error, ErrorKind, Result, Storage};
 
 /// A run of bytes of a disk and where they are.
+///
+/// Held until the I/O on it is over, by whoever does it: an image gives the room of bytes that are no more to others only
+/// when nobody holds an extent that could name it.
 #[derive(Clone, Debug)]
 pub struct Extent {
     /// How many bytes.
@@ -27,6 +30,27 @@ pub enum Source {
         /// The first byte's offset in the file.
         offset: u64,
     },
+    /// In memory, from this offset on: they were compressed. Never part of a resolved write.
+    Bytes {
+        /// At least `offset` and the extent's length.
+        bytes: Arc<[u8]>,
+        /// The first byte's index.
+        offset: usize,
+    },
+}
+
+impl Source {
+    /// What follows `len` bytes on.
+    #[must_use]
+    pub fn advanced(&self, len: u64) -> Self {
+        match self.clone() {
+            Self::Zero => Self::Zero,
+            Self::File { storage, offset } => Self::File { storage, offset: offset + len },
+            Self::Bytes { bytes, offset } => {
+                Self::Bytes { bytes, offset: offset.saturating_add(len as usize) }
+            }
+        }
+    }
 }
 
 /// What a guest, an export or a job reads and writes: an image, a raw file, or a whole chain.
@@ -179,6 +203,10 @@ pub fn read_disk(disk: &dyn Disk, offset: u64, buf: &mut [u8]) -> Result<()> {
         match extent.source {
             Source::Zero => part.fill(0),
             Source::File { storage, offset } => storage.read_at(part, offset)?,
+            Source::Bytes { bytes, offset } => {
+                let found = bytes.get(offset..).and_then(|bytes| bytes.get(..part.len()));
+                part.copy_from_slice(found.ok_or_else(too_short)?);
+            }
         }
         rest = after;
     }
@@ -198,7 +226,9 @@ pub fn write_disk(disk: &dyn Disk, offset: u64, buf: &[u8]) -> Result<()> {
         let (part, after) = rest.split_at(to_usize(extent.len)?);
         match extent.source {
             Source::File { storage, offset } => storage.write_at(part, offset)?,
-            Source::Zero => return Err(Error::new(ErrorKind::Corrupt, "a write was resolved to no file")),
+            Source::Zero | Source::Bytes { .. } => {
+                return Err(Error::new(ErrorKind::Corrupt, "a write was resolved to no file"));
+            }
         }
         rest = after;
     }
@@ -208,6 +238,10 @@ pub fn write_disk(disk: &dyn Disk, offset: u64, buf: &[u8]) -> Result<()> {
 fn checked(offset: u64, len: usize) -> Result<ByteRange> {
     ByteRange::new(offset, len as u64)
         .ok_or_else(|| Error::new(ErrorKind::OutOfRange, "the range ends past 2^64"))
+}
+
+fn too_short() -> Error {
+    Error::new(ErrorKind::Corrupt, "an extent is longer than its bytes")
 }
 
 fn to_usize(len: u64) -> Result<usize> {

@@ -29,6 +29,7 @@
 mod disk;
 mod error;
 mod gate;
+mod layer;
 mod raw;
 mod storage;
 #[cfg(any(test, feature = "testing"))]
@@ -39,6 +40,7 @@ pub use disk::{
 };
 pub use error::{Context, Error, ErrorKind, Result};
 pub use gate::{Closed, Gate, Lane, Wait};
+pub use layer::{Layer, Place, Run};
 pub use raw::RawDisk;
 pub use storage::{ByteRange, Storage, write_zeroes};
 

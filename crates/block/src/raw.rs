@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use crate::{
-    ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Result, Source, Storage, WriteGuard,
+    ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Layer, Place, Result, Run, Source, Storage,
+    WriteGuard,
 };
 
 /// A raw image or host block device as a disk.
@@ -96,6 +97,20 @@ impl RawDisk {
             }
         }
         crate::storage::write_zeroes(&*self.storage, range)
+    }
+}
+
+impl Layer for RawDisk {
+    fn run_at(&self, range: ByteRange) -> Result<Run> {
+        self.check(range)?;
+        match range.len {
+            0 => Err(Error::new(ErrorKind::InvalidInput, "an empty range has no runs")),
+            _ => Ok(Run { range, place: Place::Data(range.offset) }),
+        }
+    }
+
+    fn data(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.storage)
     }
 }
 

@@ -61,4 +61,3 @@ pub use create::{CreateOptions, create};
 pub use header::Header;
 pub use image::{Image, Mode};
 pub use journal::Journal;
-pub use read::{Place, Run};

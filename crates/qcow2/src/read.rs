@@ -2,52 +2,22 @@
 
 use std::sync::Arc;
 
-use block::{ByteRange, Error, ErrorKind, Extent, Result, Source, read_disk};
+use block::{ByteRange, Error, ErrorKind, Extent, Layer, Place, Result, Run, Source, Storage, read_disk};
 
 use crate::entry::{GuestCluster, State};
 use crate::image::{Image, Inner};
 
-/// A run of bytes of the disk that this layer treats alike.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Run {
-    /// The bytes.
-    pub range: ByteRange,
-    /// What this layer knows of them.
-    pub place: Place,
-}
-
-/// What a layer knows of a run of bytes.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Place {
-    /// Nothing: they are in the backing file, or zero without one.
-    Absent,
-    /// That they are zero, whatever is beneath.
-    Zero,
-    /// They are in this layer's file from this offset on.
-    Data(u64),
-}
-
-impl Place {
-    /// Whether `next` goes on where this ends, `len` bytes on.
-    fn goes_on(self, len: u64, next: Self) -> bool {
-        match (self, next) {
-            (Self::Data(here), Self::Data(there)) => here + len == there,
-            _ => self == next,
-        }
-    }
-}
-
-impl Image {
-    /// The longest run that begins where `range` does and lies within it: what *this* layer has, not its backing.
-    /// Asked again and again it walks a whole layer, for maps, exports and merges.
-    ///
-    /// A run of a layer that is being written may be out of date as soon as it is returned.
-    pub fn run_at(&self, range: ByteRange) -> Result<Run> {
+impl Layer for Image {
+    fn run_at(&self, range: ByteRange) -> Result<Run> {
         self.0.check(range)?;
         match range.len {
             0 => Err(Error::new(ErrorKind::InvalidInput, "an empty range has no runs")),
             _ => self.0.run_at(range),
         }
+    }
+
+    fn data(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.0.storage)
     }
 }
 
@@ -60,6 +30,7 @@ impl Inner {
                 Place::Absent => self.resolve_below(run.range, out)?,
                 Place::Zero => out.push(Extent { len: run.range.len, source: Source::Zero }),
                 Place::Data(offset) => self.push_data(offset, run.range.len, out),
+                Place::Packed => return Err(Error::new(ErrorKind::Unsupported, "compressed qcow2 clusters")),
             }
             rest = after(rest, run.range.len);
         }

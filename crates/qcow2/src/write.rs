@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use block::{ByteRange, Context, Extent, PendingWrite, Result, Source, WriteGuard};
+use block::{ByteRange, Context, Extent, PendingWrite, Place, Result, Source, WriteGuard};
 
 use crate::entry::{GuestCluster, Home, HostOffset, State};
 use crate::image::{Inner, Writer};
 use crate::pending::Claim;
-use crate::read::{Place, after};
+use crate::read::after;
 
 impl Inner {
     pub(crate) fn resolve_write(

@@ -6,12 +6,12 @@
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use block::{ByteRange, ErrorKind, Result, Source};
+use block::{ByteRange, Error, ErrorKind, Place, Result, Source};
 
 use crate::entry::State;
 use crate::image::{Core, Inner, Writer};
 use crate::pending::Claim;
-use crate::read::{Place, after};
+use crate::read::after;
 
 /// Clusters whose zero bits are set in one go: bounds how long the lock is held.
 const BATCH: u64 = 256;
@@ -56,6 +56,9 @@ impl Inner {
                 Place::Zero => Poll::Ready(Ok(())),
                 Place::Data(offset) => {
                     Poll::Ready(self.clear_data(run.range, ByteRange { offset, len: run.range.len }, why))
+                }
+                Place::Packed => {
+                    Poll::Ready(Err(Error::new(ErrorKind::Unsupported, "compressed qcow2 clusters")))
                 }
                 Place::Absent => self.clear_absent(writer, run.range, why, waker),
             };
@@ -129,7 +132,7 @@ impl Inner {
             Source::File { storage, offset } => {
                 block::write_zeroes(&**storage, ByteRange { offset: *offset, len: extent.len })
             }
-            Source::Zero => Ok(()),
+            Source::Zero | Source::Bytes { .. } => Ok(()),
         });
         Poll::Ready(written.and_then(|()| guard.complete()))
     }

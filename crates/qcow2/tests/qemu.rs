@@ -9,9 +9,9 @@ use std::process::Command;
 use std::sync::Arc;
 
 use block::testing::MemStorage;
-use block::{ByteRange, Disk, ErrorKind, RawDisk, Storage, blocking, write_disk};
+use block::{ByteRange, Disk, ErrorKind, Layer, Place, RawDisk, Storage, blocking, write_disk};
 use hostio::{Cache, HostFile, Open};
-use qcow2::{CreateOptions, Header, Image, Journal, Mode, Place};
+use qcow2::{CreateOptions, Header, Image, Journal, Mode};
 use support::{Random, assert_same, contents, memory};
 
 const CAPACITY: u64 = 4 << 20;

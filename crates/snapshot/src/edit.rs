@@ -7,9 +7,10 @@
 
 use std::sync::Arc;
 
-use block::{ByteRange, Context, Error, ErrorKind, Result, blocking, read_disk, write_disk};
+use block::{
+    ByteRange, Context, Error, ErrorKind, Layer as _, Place, Result, blocking, read_disk, write_disk,
+};
 use hostio::Cache;
-use qcow2::Place;
 
 use crate::layer::{Layer, MAX_PENDING};
 use crate::manifest::{LayerEntry, Manifest};
@@ -194,7 +195,7 @@ fn merge_down(layer: &Layer, target: &Layer) -> Result<()> {
         match run.place {
             Place::Absent => {}
             Place::Zero => blocking(|waker| to.write_zeroes(run.range, true, waker)).context(story)?,
-            Place::Data(_) => {
+            Place::Data(_) | Place::Packed => {
                 buffer.resize(run.range.len as usize, 0);
                 read_disk(&*from, offset, &mut buffer).context(story)?;
                 write_disk(&*to, offset, &buffer).context(story)?;

@@ -155,9 +155,16 @@ fn copy(
         extents.clear();
         disk.resolve_read(chunk, &mut extents)?;
         for extent in &extents {
-            if let Source::File { storage, offset: start } = &extent.source {
-                let range = ByteRange { offset: *start, len: extent.len };
-                copy_extent(&**storage, range, offset, &mut buffer, put)?;
+            match &extent.source {
+                Source::Zero => {}
+                Source::File { storage, offset: start } => {
+                    let range = ByteRange { offset: *start, len: extent.len };
+                    copy_extent(&**storage, range, offset, &mut buffer, put)?;
+                }
+                Source::Bytes { bytes, offset: start } => {
+                    let bytes = bytes.get(*start..).and_then(|rest| rest.get(..extent.len as usize));
+                    put(bytes.unwrap_or_default(), offset)?;
+                }
             }
             offset += extent.len;
         }

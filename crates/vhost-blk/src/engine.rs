@@ -125,7 +125,7 @@ impl Engine {
         match slot.op.unwrap_or(Op::Refuse(Status::IoError)) {
             Op::Refuse(status) => self.finish(index, slot, status),
             Op::Id => {
-                let copied = slot.buffer.copy_from(&self.serial);
+                let copied = slot.buffer.copy_from(slot.buffer.whole(), &self.serial);
                 slot.written = copied as u32;
                 self.finish(index, slot, Status::Ok);
             }
@@ -229,12 +229,19 @@ impl Engine {
         let (Some(extent), Some(piece)) = (extents.get(part), pieces.get_mut(part)) else { return Ok(()) };
         let storage = match &extent.source {
             Source::File { storage, .. } => &**storage,
-            Source::Zero if write => {
+            Source::Zero | Source::Bytes { .. } if write => {
                 return Err(Error::new(ErrorKind::Corrupt, "a write was resolved to no file"));
             }
             Source::Zero => {
                 buffer.fill_zero(piece.iovecs.clone());
                 return Ok(());
+            }
+            Source::Bytes { bytes, offset } => {
+                let bytes = bytes.get(*offset..).unwrap_or_default();
+                return match buffer.copy_from(piece.iovecs.clone(), bytes) as u64 >= piece.left {
+                    true => Ok(()),
+                    false => Err(Error::new(ErrorKind::Corrupt, "an extent is longer than its bytes")),
+                };
             }
         };
         let Some(fd) = storage.fd() else {

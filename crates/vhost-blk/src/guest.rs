@@ -118,6 +118,11 @@ impl GuestBuffer {
         self.part(range).iter().all(|found| (found.iov_base.addr() | found.iov_len).is_multiple_of(alignment))
     }
 
+    /// All of its iovecs.
+    pub(crate) fn whole(&self) -> Range<usize> {
+        0..self.iovecs.len()
+    }
+
     fn part(&self, range: Range<usize>) -> &[iovec] {
         self.iovecs.get(range).unwrap_or_default()
     }
@@ -130,10 +135,10 @@ impl GuestBuffer {
         }
     }
 
-    /// Copies as many of `bytes` as fit to the front of the memory, and returns how many.
-    pub(crate) fn copy_from(&mut self, bytes: &[u8]) -> usize {
+    /// Copies as many of `bytes` as fit to the front of these iovecs, and returns how many.
+    pub(crate) fn copy_from(&mut self, range: Range<usize>, bytes: &[u8]) -> usize {
         let mut rest = bytes;
-        for found in &self.iovecs {
+        for found in self.part(range) {
             let (now, after) = rest.split_at(rest.len().min(found.iov_len));
             // SAFETY: the iovec names at least that much mapped memory, and `bytes` is not guest memory.
             unsafe { ptr::copy_nonoverlapping(now.as_ptr(), found.iov_base.cast::<u8>(), now.len()) };

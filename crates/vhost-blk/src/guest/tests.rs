@@ -19,7 +19,7 @@ fn a_segment_across_two_regions_is_one_piece_of_data() {
     let mut buffer = GuestBuffer::default();
     assert!(buffer.map(&hold, &[segment(0x1e00, 0x400)], Permissions::Write));
     assert_eq!(buffer.iovecs.len(), 2);
-    assert_eq!(buffer.copy_from(&[9; 0x400]), 0x400);
+    assert_eq!(buffer.copy_from(buffer.whole(), &[9; 0x400]), 0x400);
     let mut found = [0; 0x402];
     hold.read_slice(&mut found, GuestAddress(0x1dff)).unwrap();
     assert_eq!((found[0], found[1], found[0x400], found[0x401]), (0, 9, 9, 0));
@@ -72,7 +72,7 @@ fn a_bounce_buffer_smaller_than_the_data_is_used_again() {
 fn the_hold_keeps_the_memory_when_the_map_is_gone() {
     let mut buffer = GuestBuffer::default();
     assert!(buffer.map(&hold(), &[segment(0x1000, 16)], Permissions::Write));
-    assert_eq!(buffer.copy_from(&[5; 32]), 16);
+    assert_eq!(buffer.copy_from(buffer.whole(), &[5; 32]), 16);
     buffer.clear();
     assert!(buffer.memory().is_none());
 }
