@@ -5,11 +5,13 @@
 
 mod file;
 mod lock;
+mod mapped;
 mod ring;
 mod small;
 mod socket;
 
 pub use file::{Cache, HostFile, Open};
+pub use mapped::MappedFile;
 pub use ring::{Completion, Ring, read_cached, read_now, write_now};
 pub use small::{boot_id, free_space, remove_file, replace_file, sync_dir};
 pub use socket::Listener;
