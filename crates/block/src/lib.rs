@@ -30,6 +30,7 @@ mod disk;
 mod error;
 mod gate;
 mod layer;
+mod pulse;
 mod raw;
 mod storage;
 #[cfg(any(test, feature = "testing"))]
@@ -41,6 +42,7 @@ pub use disk::{
 pub use error::{Context, Error, ErrorKind, Result};
 pub use gate::{Closed, Gate, Lane, Wait};
 pub use layer::{Layer, Place, Run};
+pub use pulse::{Beat, Pulse, Reading};
 pub use raw::RawDisk;
 pub use storage::{ByteRange, Storage, write_zeroes};
 

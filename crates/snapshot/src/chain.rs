@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use arc_swap::ArcSwapOption;
-use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Gate, Result, WriteGuard};
+use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Gate, Pulse, Result, WriteGuard};
 use hostio::Cache;
 
 use crate::layer::Layer;
@@ -23,6 +23,7 @@ pub struct Chain {
     capacity: u64,
     read_only: bool,
     gate: Arc<Gate>,
+    pulse: Arc<Pulse>,
     connected: AtomicBool,
     /// `None` while the images are closed, for work on the chain itself.
     active: ArcSwapOption<Active>,
@@ -44,6 +45,7 @@ impl Chain {
             capacity: layers.last().map_or(0, |top| top.disk().capacity()),
             read_only,
             gate: Arc::default(),
+            pulse: Arc::default(),
             connected: AtomicBool::new(false),
             active: ArcSwapOption::empty(),
             layers: Mutex::default(),
@@ -60,6 +62,11 @@ impl Chain {
     /// The gate at its virtqueues.
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate
+    }
+
+    /// How long its requests take: for jobs that must not be felt.
+    pub fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
     }
 
     /// Told by the device: whether a front-end is connected.

@@ -46,6 +46,7 @@ impl Device {
                 disk: Arc::clone(&config.disk),
                 serial: config.serial_bytes(),
                 gate: Arc::clone(&config.gate),
+                pulse: Arc::clone(&config.pulse),
                 cache: Arc::clone(&cache),
                 memory: memory.clone(),
                 state: Arc::clone(&state),

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use block::{Context, Disk, Error, ErrorKind, Gate, Result};
+use block::{Context, Disk, Error, ErrorKind, Gate, Pulse, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
@@ -50,6 +50,8 @@ pub struct DeviceConfig {
     pub disk: Arc<dyn Disk>,
     /// The disk's gate. The workers of every session stand before it.
     pub gate: Arc<Gate>,
+    /// What tells how long the disk's requests take. The workers of every session feed it.
+    pub pulse: Arc<Pulse>,
     /// Told of sessions, from the session's thread: it delays the next one while it runs.
     pub on_session: Box<dyn Fn(SessionEvent) + Send + Sync>,
 }

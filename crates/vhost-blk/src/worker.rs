@@ -14,7 +14,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use block::{Disk, Gate, Lane, Result};
+use block::{Beat, Disk, Gate, Lane, Pulse, Result};
 use hostio::Ring;
 use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
@@ -126,6 +126,7 @@ pub(crate) struct Parts {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) serial: [u8; ID_LEN],
     pub(crate) gate: Arc<Gate>,
+    pub(crate) pulse: Arc<Pulse>,
     pub(crate) cache: Arc<CacheMode>,
     pub(crate) memory: SharedMemory,
     pub(crate) state: Arc<QueueState>,
@@ -154,6 +155,7 @@ pub(crate) struct Worker {
     segments: Segments,
     patience: Patience,
     lane: Lane,
+    beat: Beat,
     state: Arc<QueueState>,
     memory: SharedMemory,
     hold: Hold,
@@ -179,6 +181,7 @@ impl Worker {
             segments: Segments::default(),
             patience: Patience::default(),
             lane: parts.gate.lane(waker),
+            beat: parts.pulse.beat(),
             hold: Arc::new(parts.memory.memory().into_inner()),
             memory: parts.memory,
             complaints: complaints(),
@@ -209,6 +212,7 @@ impl Worker {
             }
             busy |= self.publish(vring) || popped == Popped::Some;
             if !busy && (popped == Popped::Blocked || !(self.linger(vring) || self.rearm(vring))) {
+                self.beat.rest();
                 return self.state.rest();
             }
         }
@@ -266,6 +270,7 @@ impl Worker {
             if let Some(slot) = self.slots.get_mut(usize::from(index)) {
                 fill(slot, head, &request, &self.segments, &hold);
             }
+            self.beat.begun(index);
             self.popped.push(index);
         }
         // Before the lock is let go: a ring that is stopped after it finds all that was popped.
@@ -317,6 +322,7 @@ impl Worker {
             if let Some(slot) = self.slots.get_mut(usize::from(index)) {
                 slot.clear();
             }
+            self.beat.ended(index);
             self.free.push(index);
         }
         self.lane.leave(count as u64);

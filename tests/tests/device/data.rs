@@ -9,7 +9,7 @@ use frazil_tests::{Driver, DriverQueue, FrontEnd, Request};
 use hostio::Cache;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::served::{MIB, Served};
+use super::served::{MIB, Served, wait_until};
 
 const EIO: i32 = -5;
 const ENOTSUP: i32 = -95;
@@ -72,6 +72,13 @@ fn four_queues(served: &Served) {
         .map(|(number, queue)| thread::spawn(move || exercise(queue, number, share, 32)))
         .collect();
     threads.into_iter().for_each(|thread| thread.join().unwrap());
+    // Each queue: two rounds of writes and of reads, and a flush.
+    let expected = 4 * (4 * share / BLOCK as u64 + 1);
+    wait_until("the pulse of all requests", || {
+        let pulse = served.pulse.read();
+        (pulse.completed, pulse.in_flight) == (expected, 0) && pulse.samples >= expected / 128
+    });
+    assert!(!served.pulse.read().latency.is_zero());
 }
 
 #[test]

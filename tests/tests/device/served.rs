@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use block::testing::{FaultStorage, MemStorage};
-use block::{Disk, Gate, RawDisk, Storage};
+use block::{Disk, Gate, Pulse, RawDisk, Storage};
 use hostio::{Cache, HostFile};
 use vhost_blk::{DeviceConfig, Server, SessionEvent};
 
@@ -15,6 +15,7 @@ pub(crate) const MIB: usize = 1 << 20;
 pub(crate) struct Served {
     pub(crate) server: Server,
     pub(crate) gate: Arc<Gate>,
+    pub(crate) pulse: Arc<Pulse>,
     pub(crate) socket: PathBuf,
     /// How often front-ends have come and gone.
     pub(crate) sessions: Arc<AtomicUsize>,
@@ -25,7 +26,7 @@ impl Served {
     pub(crate) fn disk(disk: Arc<dyn Disk>, queues: u16) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (socket, gate) = (folder.path().join("vda.sock"), Arc::new(Gate::default()));
-        let sessions = Arc::new(AtomicUsize::new(0));
+        let (pulse, sessions) = (Arc::<Pulse>::default(), Arc::new(AtomicUsize::new(0)));
         let count = Arc::clone(&sessions);
         let server = Server::start(DeviceConfig {
             name: "vda".to_owned(),
@@ -34,13 +35,14 @@ impl Served {
             queues,
             disk,
             gate: Arc::clone(&gate),
+            pulse: Arc::clone(&pulse),
             on_session: Box::new(move |event| {
                 if event == SessionEvent::Disconnected {
                     count.fetch_add(1, Ordering::SeqCst);
                 }
             }),
         });
-        Self { server: server.unwrap(), gate, socket, sessions, folder }
+        Self { server: server.unwrap(), gate, pulse, socket, sessions, folder }
     }
 
     /// A raw disk of `len` bytes in memory that fails on demand.

@@ -97,6 +97,7 @@ fn start_device(manager: &Manager, disk: &config::DiskConfig) -> Result<Server> 
         queues: disk.queues,
         disk: Arc::clone(chain) as Arc<dyn Disk>,
         gate: Arc::clone(chain.gate()),
+        pulse: Arc::clone(chain.pulse()),
         on_session: Box::new(move |event| told.set_connected(event == SessionEvent::Connected)),
     };
     Server::start(config).context(|| format!("serve disk {} at {}", disk.id, disk.socket.display()))
