@@ -32,6 +32,7 @@ mod gate;
 mod layer;
 mod pulse;
 mod raw;
+mod stack;
 mod storage;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
@@ -44,6 +45,7 @@ pub use gate::{Closed, Gate, Lane, Wait};
 pub use layer::{Layer, Place, Run};
 pub use pulse::{Beat, Pulse, Reading};
 pub use raw::RawDisk;
+pub use stack::Stack;
 pub use storage::{ByteRange, Storage, write_zeroes};
 
 /// Bytes in a sector, the unit of virtio-blk's addresses and of atomicity after a loss of power
