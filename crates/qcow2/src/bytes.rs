@@ -9,3 +9,8 @@ pub(crate) fn be64(bytes: &[u8], at: usize) -> u64 {
 pub(crate) fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |found| u32::from_be_bytes(*found))
 }
+
+/// As [`be64`], of 16 bits.
+pub(crate) fn be16(bytes: &[u8], at: usize) -> u16 {
+    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |found| u16::from_be_bytes(*found))
+}

@@ -3,14 +3,16 @@
 use block::{Context, Error, ErrorKind, Result, Storage};
 
 use crate::entry::HostOffset;
+use crate::extensions::BACKING_FORMAT;
 use crate::header::{Header, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
+use crate::header_update::check_backing;
 
 /// What a new image is to be.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
     /// Bytes of the virtual disk.
     pub capacity: u64,
-    /// Log2 of the cluster size in bytes, 16 to 21.
+    /// Log2 of the cluster size in bytes: 9 to 21, with subclusters 14 to 21.
     pub cluster_bits: u32,
     /// Whether L2 entries have 32 subclusters each.
     pub extended_l2: bool,
@@ -51,39 +53,24 @@ pub fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
 }
 
 fn check(options: &CreateOptions) -> Result<()> {
-    let invalid = |what: &str| Err(Error::new(ErrorKind::InvalidInput, what));
-    if !(16..=21).contains(&options.cluster_bits) {
-        return invalid("the cluster size is not between 64 KiB and 2 MiB");
+    let smallest = if options.extended_l2 { 14 } else { 9 };
+    if !(smallest..=21).contains(&options.cluster_bits) {
+        return Err(invalid(format!("the cluster size is not between {} B and 2 MiB", 1 << smallest)));
     }
-    match &options.backing {
-        Some((name, _)) if name.is_empty() || name.len() > 1023 || name.contains('\0') => {
-            invalid("the backing file's name has not 1 to 1023 bytes")
-        }
-        Some((_, format)) if !matches!(format.as_str(), "raw" | "qcow2") => {
-            invalid("the backing file's format is neither raw nor qcow2")
-        }
-        _ => Ok(()),
-    }
+    options.backing.as_ref().map_or(Ok(()), |(name, format)| check_backing(name, format))
+}
+
+fn invalid(what: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidInput, what)
 }
 
 /// The header of the new image, and the clusters that its tables take: header, refcount table, refcount blocks, L1.
 fn lay_out(options: &CreateOptions) -> Result<(Header, u64)> {
-    let mut header = Header {
-        capacity: options.capacity,
-        cluster_bits: options.cluster_bits,
-        extended_l2: options.extended_l2,
-        backing_file: options.backing.as_ref().map(|(name, _)| name.clone()),
-        backing_format: options.backing.as_ref().map(|(_, format)| format.clone()),
-        version: 3,
-        l1: HostOffset(0),
-        l1_entries: 0,
-        refcount_table: HostOffset(0),
-        refcount_table_clusters: 0,
-        refcount_order: 4,
-        snapshots: 0,
-        incompatible: 0,
-        autoclear: 0,
-    };
+    let mut header = Header::new(options.capacity, options.cluster_bits, options.extended_l2);
+    if let Some((name, format)) = &options.backing {
+        header.backing_file = Some(name.clone());
+        header.extensions = header.extensions.with(BACKING_FORMAT, Some(format.as_bytes()));
+    }
     let geometry = header.geometry();
     let (size, per_block) = (geometry.cluster_size(), geometry.refcounts_per_block());
     let l1_bytes = geometry.tables() * 8;
@@ -93,7 +80,10 @@ fn lay_out(options: &CreateOptions) -> Result<(Header, u64)> {
     let table_clusters = (blocks * 8).div_ceil(size);
     let too_large = options.capacity > i64::MAX as u64 || l1_bytes > MAX_L1_BYTES;
     if too_large || table_clusters * size > MAX_REFCOUNT_TABLE_BYTES {
-        return Err(Error::new(ErrorKind::InvalidInput, "the disk is too large for this cluster size"));
+        return Err(invalid("the disk is too large for this cluster size"));
+    }
+    if header.encode().len() as u64 > size {
+        return Err(invalid("the backing file's name does not fit this cluster size"));
     }
     let fixed = 1 + table_clusters + l1_clusters;
     let first_blocks = fixed.div_ceil(per_block - 1);

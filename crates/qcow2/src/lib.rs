@@ -43,21 +43,32 @@
 
 mod alloc;
 mod bytes;
+#[allow(dead_code, reason = "the engine is about to use it")]
+mod compressed;
 mod create;
 mod entry;
+#[allow(dead_code, reason = "the engine is about to use it")]
+mod extensions;
 mod flush;
 mod header;
+#[allow(dead_code, reason = "the engine is about to use it")]
+mod header_update;
 mod image;
 mod journal;
 mod metadata;
 mod open;
 mod pending;
 mod read;
+#[allow(dead_code, reason = "the engine is about to use it")]
+mod refcount_bits;
+#[allow(dead_code, reason = "the engine is about to use it")]
+mod snapshots;
 mod table;
 mod write;
 mod zero;
 
 pub use create::{CreateOptions, create};
 pub use header::Header;
+pub use header_update::set_backing;
 pub use image::{Image, Mode};
 pub use journal::Journal;

@@ -9,7 +9,8 @@ use block::{Context, Disk, Error, ErrorKind, Result, Storage};
 use crate::alloc::{Allocator, Refcounts};
 use crate::entry::Home;
 use crate::flush::Flushes;
-use crate::header::{AUTOCLEAR_OFFSET, Header};
+use crate::header::Header;
+use crate::header_update::write_autoclear;
 use crate::image::{Core, Image, Inner, Mode, Writer};
 use crate::journal::{Journal, Record};
 use crate::metadata::Metadata;
@@ -27,6 +28,9 @@ impl Image {
     /// Errors: as [`Header::read`]; [`ErrorKind::Unsupported`] if it can be read but not written.
     pub fn open(storage: Arc<dyn Storage>, backing: Option<Arc<dyn Disk>>, mode: Mode) -> Result<Self> {
         let header = Header::read(&*storage)?;
+        if header.has_data_file {
+            return Err(Error::new(ErrorKind::Unsupported, "qcow2 images with an external data file"));
+        }
         match mode {
             Mode::ReadOnly => open_read_only(storage, backing, &header),
             Mode::Writable(journal) => open_writable(storage, backing, &header, journal),
@@ -66,7 +70,7 @@ fn open_writable(
     if header.autoclear != 0 {
         // "Software that does not know the meaning of such a bit clears it when it writes": what the bits vouch for
         // (persistent bitmaps) would not know of our writes. It must not be vouched for after a power loss either.
-        storage.write_at(&[0; 8], AUTOCLEAR_OFFSET)?;
+        write_autoclear(&*storage, 0)?;
         storage.sync()?;
     }
     let allocator = Allocator::new(geometry, file_len, &refcounts);
