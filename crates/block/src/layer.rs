@@ -20,7 +20,8 @@ pub enum Place {
     Absent,
     /// That they are zero, whatever is beneath.
     Zero,
-    /// They are in the layer's data file from this offset on, all of them: what the file lacks at its end is [`Zero`](Self::Zero).
+    /// They are in the layer's data file from this offset on, all of them: what the file lacks at its end is
+    /// [`Zero`](Self::Zero).
     Data(u64),
     /// They are in this layer, but not as they are (compressed): only [`Disk::resolve_read`] gets at them.
     Packed,

@@ -48,7 +48,10 @@ use runs::{Found, Runs};
 /// Bytes of the disk that are looked up at once. With the overlays' clusters of 128 KiB, sixteen of their entries.
 pub(crate) const SEGMENT: u64 = 2 << 20;
 
-/// The immutable layers beneath an active one as one read-only disk. See the [module](self) for the rules it keeps.
+/// The immutable layers beneath an active one as one read-only disk, whose reads cost the same however many they are.
+///
+/// Where the bytes are is looked up in the layers once and kept, within a bound of memory. So nothing that can be seen
+/// through the layers may change; they may be written where a layer above hides it, or with the same bytes.
 pub struct Stack(ArcSwap<View>);
 
 /// A list of layers, and the map that belongs to it.
@@ -79,11 +82,10 @@ impl Stack {
         Self(ArcSwap::from_pointee(View { layers, map: Arc::clone(&view.map) }))
     }
 
-    /// Shows these layers from now on, which read the same as those before. The map begins anew, for its layers are
-    /// numbered otherwise. Reads under way go on with the old ones.
-    pub fn replace(&self, layers: Vec<Arc<dyn Layer>>) {
-        let map = Arc::new(Map::new(self.0.load().map.budget()));
-        self.0.store(Arc::new(View { layers, map }));
+    /// Shows from now on what `other` shows, which reads the same, and shares its map. Reads under way go on with the
+    /// layers they began with.
+    pub fn replace(&self, other: &Self) {
+        self.0.store(other.0.load_full());
     }
 
     /// The layers, the base first.

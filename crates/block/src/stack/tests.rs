@@ -281,7 +281,7 @@ proptest! {
                     let above = above.index(sheets.len());
                     let empty = Sheet::plain(0, sheets[above].capacity(), Place::Absent);
                     sheets.insert(above + 1, empty);
-                    stack.replace(layers(sheets));
+                    stack.replace(&Stack::new(layers(sheets), budget));
                     prop_assert_eq!(stack.layers().len(), sheets.len());
                 }
             }
