@@ -48,7 +48,7 @@ pub struct HostFile {
 }
 
 impl HostFile {
-    /// Opens an existing image. Anything but a regular file or a block device is refused, before it could block us.
+    /// Opens an existing image. Anything but a regular file or a block device is refused, at once.
     pub fn open(path: &Path, how: Open) -> Result<Self> {
         Self::open_with(path, how, OpenOptions::new().read(true).write(how.writable))
             .context(|| format!("open {}", path.display()))
@@ -61,16 +61,30 @@ impl HostFile {
             .context(|| format!("create {}", path.display()))
     }
 
+    /// Opens the file once more, for writing, while this handle goes on being read: for a job that changes an image which
+    /// a chain reads. No other process could write it in between. [`ErrorKind::Busy`] while another one reads it.
+    pub fn reopen_for_writing(&self) -> Result<Self> {
+        let cache = if self.direct.is_some() { Cache::None } else { Cache::Writeback };
+        let reopen = || {
+            let mut options = OpenOptions::new();
+            let file = open_plain(&self.path, options.read(true).write(true))?;
+            let (found, expected) = (file.metadata()?, self.file.metadata()?);
+            refuse_other(&found, &expected)?;
+            lock::hand_over(&self.file, &file)?;
+            Self::with_locked(&self.path, file, Open { writable: true, cache })
+        };
+        reopen().context(|| format!("open {} for writing", self.path.display()))
+    }
+
     fn open_with(path: &Path, how: Open, options: &mut OpenOptions) -> Result<Self> {
-        // Without O_NONBLOCK a FIFO would hold the open until somebody writes to it.
-        let file = options.custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+        let file = open_plain(path, options)?;
+        lock::acquire(&file, how.writable)?;
+        Self::with_locked(path, file, how)
+    }
+
+    fn with_locked(path: &Path, file: File, how: Open) -> Result<Self> {
         let metadata = file.metadata()?;
         let is_device = metadata.file_type().is_block_device();
-        if !is_device && !metadata.is_file() {
-            return Err(Error::new(ErrorKind::InvalidInput, "neither a regular file nor a block device"));
-        }
-        block_on_io(&file)?;
-        lock::acquire(&file, how.writable)?;
         let direct = match how.cache {
             Cache::Writeback => None,
             Cache::None => Some((open_direct(path, how.writable, &metadata)?, direct_alignment(&file)?)),
@@ -90,16 +104,33 @@ impl HostFile {
     }
 }
 
-/// Opens the same file once more; that it is the same is checked, for the path may have been replaced meanwhile.
+/// Opens a regular file or a block device; anything else is refused, before it could block us.
+fn open_plain(path: &Path, options: &mut OpenOptions) -> Result<File> {
+    // Without O_NONBLOCK a FIFO would hold the open until somebody writes to it.
+    let file = options.custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.file_type().is_block_device() && !metadata.is_file() {
+        return Err(Error::new(ErrorKind::InvalidInput, "neither a regular file nor a block device"));
+    }
+    block_on_io(&file)?;
+    Ok(file)
+}
+
+/// That it is the same file is checked whenever one is opened again: the path may have been replaced meanwhile.
+fn refuse_other(found: &std::fs::Metadata, expected: &std::fs::Metadata) -> Result<()> {
+    match (found.dev(), found.ino()) == (expected.dev(), expected.ino()) {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::Busy, "the file was replaced while being opened")),
+    }
+}
+
+/// Opens the same file once more.
 fn open_direct(path: &Path, writable: bool, expected: &std::fs::Metadata) -> Result<File> {
     let flags = (OFlags::DIRECT | OFlags::NONBLOCK).bits().cast_signed();
     let file = OpenOptions::new().read(true).write(writable).custom_flags(flags).open(path).context(
         || "open past the page cache (the file system may not support O_DIRECT: use cache=writeback)",
     )?;
-    let found = file.metadata()?;
-    if (found.dev(), found.ino()) != (expected.dev(), expected.ino()) {
-        return Err(Error::new(ErrorKind::Busy, "the file was replaced while being opened"));
-    }
+    refuse_other(&file.metadata()?, expected)?;
     block_on_io(&file)?;
     Ok(file)
 }
@@ -228,6 +259,28 @@ mod tests {
         assert_eq!(HostFile::open(&path, WRITE).unwrap_err().kind(), ErrorKind::Busy);
         drop((writer, reader));
         HostFile::open(&path, WRITE).unwrap();
+    }
+
+    /// A job writes to an image that the chain reads on, and other programs may read it before and after.
+    #[test]
+    fn a_reader_becomes_the_only_writer_unless_others_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        drop(HostFile::create(&path, Cache::Writeback).unwrap());
+        let (ours, other) = (HostFile::open(&path, READ).unwrap(), HostFile::open(&path, READ).unwrap());
+        assert_eq!(ours.reopen_for_writing().unwrap_err().kind(), ErrorKind::Busy);
+        drop(other);
+        assert_eq!(HostFile::open(&path, WRITE).unwrap_err().kind(), ErrorKind::Busy, "it is read as before");
+        let writer = ours.reopen_for_writing().unwrap();
+        writer.write_at(&[1; 512], 0).unwrap();
+        for how in [READ, WRITE] {
+            assert_eq!(HostFile::open(&path, how).unwrap_err().kind(), ErrorKind::Busy);
+        }
+        writer.downgrade().unwrap();
+        HostFile::open(&path, READ).unwrap();
+        drop(ours);
+        assert_eq!(HostFile::open(&path, WRITE).unwrap_err().kind(), ErrorKind::Busy);
+        writer.reopen_for_writing().unwrap();
     }
 
     /// A guest may write zeroes to any sector, also of a disk on a device with blocks of 4 KiB.

@@ -43,6 +43,23 @@ pub(crate) fn downgrade(file: &File) -> Result<()> {
     [USED + WRITE, USED + RESIZE].into_iter().try_for_each(|byte| set(file, libc::F_UNLCK, byte))
 }
 
+/// Makes `writer` the only writer of an image that `reader`, another opening of the same file by this process, has locked
+/// for reading. `reader` goes on reading. There is no instant at which another process could begin to write.
+/// [`ErrorKind::Busy`] if others read it, and then all is as before.
+pub(crate) fn hand_over(reader: &File, writer: &File) -> Result<()> {
+    let unshare = |file: &File, kind| {
+        [UNSHARED + WRITE, UNSHARED + RESIZE].into_iter().try_for_each(|byte| set(file, kind, byte))
+    };
+    unshare(writer, libc::F_RDLCK)?;
+    unshare(reader, libc::F_UNLCK)?;
+    let taken = acquire(writer, true);
+    if taken.is_err() {
+        // Granted, for `writer` has the same lock, and nobody wants more of it.
+        unshare(reader, libc::F_RDLCK)?;
+    }
+    taken
+}
+
 fn range(kind: i32, byte: i64) -> libc::flock {
     libc::flock { l_type: kind as libc::c_short, l_whence: 0, l_start: byte, l_len: 1, l_pid: 0 }
 }

@@ -2,9 +2,13 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::task::{Poll, Waker};
 
-use block::{Context, Disk, Error, ErrorKind, RawDisk, Result, Storage};
-use hostio::{Cache, HostFile, Open};
+use arc_swap::ArcSwap;
+use block::{
+    ByteRange, Context, Disk, Error, ErrorKind, Extent, Flush, RawDisk, Result, Run, Storage, WriteGuard,
+};
+use hostio::{Cache, HostFile};
 use qcow2::{Header, Image, Journal, Mode};
 
 use crate::manifest::LayerEntry;
@@ -18,9 +22,18 @@ pub(crate) const MAX_PENDING: usize = 16 * 1024;
 const MAX_BASE_DEPTH: usize = 64;
 
 /// One image of a chain.
+///
+/// As a disk and a layer it shows whatever is open of it now: a job that writes to it opens the image once more, for
+/// writing, and everybody who has this layer reads it through that from then on.
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) entry: LayerEntry,
+    open: ArcSwap<Open>,
+}
+
+/// An image that is open.
+#[derive(Debug)]
+struct Open {
     file: Arc<HostFile>,
     content: Content,
 }
@@ -53,44 +66,51 @@ impl Layer {
         access: Access<'_>,
     ) -> Result<Self> {
         let writable = matches!(access, Access::Write { .. });
-        let file = Arc::new(HostFile::open(&entry.path, Open { writable, cache })?);
-        let content = match entry.format {
-            ImageFormat::Raw => Content::Raw(Arc::new(RawDisk::new(Arc::clone(&file) as _, !writable)?)),
-            ImageFormat::Qcow2 => {
-                let backing = match backing {
-                    None => open_own_backing(&entry.path, &*file, 0)?,
-                    some => some,
-                };
-                let mode = match access {
-                    Access::Read => Mode::ReadOnly,
-                    Access::Write { journals } => Mode::Writable(journals.open(id, entry.number)?),
-                };
-                let image = Image::open(Arc::clone(&file) as _, backing, mode);
-                Content::Qcow2(Arc::new(image.context(|| format!("open {}", entry.path.display()))?))
-            }
-        };
-        Ok(Self { entry: entry.clone(), file, content })
+        let file = Arc::new(HostFile::open(&entry.path, hostio::Open { writable, cache })?);
+        let open = Open::new(id, entry, file, backing, access)?;
+        Ok(Self { entry: entry.clone(), open: ArcSwap::from_pointee(open) })
     }
 
-    /// The layer as a disk, with all that is beneath it.
-    pub(crate) fn disk(&self) -> Arc<dyn Disk> {
-        match &self.content {
-            Content::Raw(disk) => Arc::clone(disk) as _,
-            Content::Qcow2(image) => Arc::clone(image) as _,
+    /// Opens the image once more, for a job to write to it beneath the chain that reads it. Nothing changes if it is open
+    /// for writing already. What the job writes must not change what is read through the layers above.
+    ///
+    /// Errors: [`ErrorKind::Busy`] while another program reads the image.
+    #[allow(dead_code, reason = "the jobs that follow call it")]
+    pub(crate) fn begin_writing(
+        &self,
+        id: &str,
+        backing: Option<Arc<dyn Disk>>,
+        journals: &JournalFolder,
+    ) -> Result<()> {
+        if !self.disk().read_only() {
+            return Ok(());
         }
+        let file = Arc::new(self.storage().reopen_for_writing()?);
+        let open = Open::new(id, &self.entry, file, backing, Access::Write { journals })?;
+        if open.disk().capacity() != self.disk().capacity() {
+            let story = format!("{} has been resized by somebody", self.entry.path.display());
+            return Err(Error::new(ErrorKind::Unsupported, story));
+        }
+        self.open.store(Arc::new(open));
+        Ok(())
+    }
+
+    /// The image as a disk, with all that is beneath it.
+    pub(crate) fn disk(&self) -> Arc<dyn Disk> {
+        self.open.load().disk()
     }
 
     /// The image, if it is one that knows which ranges are its own.
-    pub(crate) fn image(&self) -> Option<&Image> {
-        match &self.content {
+    pub(crate) fn image(&self) -> Option<Arc<Image>> {
+        match &self.open.load().content {
             Content::Raw(_) => None,
-            Content::Qcow2(image) => Some(image),
+            Content::Qcow2(image) => Some(Arc::clone(image)),
         }
     }
 
     /// No write is resolved from now on. Constant time, for it is called inside the cut.
     pub(crate) fn seal(&self) {
-        match &self.content {
+        match &self.open.load().content {
             Content::Raw(disk) => disk.seal(),
             Content::Qcow2(image) => image.seal(),
         }
@@ -104,17 +124,110 @@ impl Layer {
 
     /// Lets QEMU's tools read the image, now that it is sealed and flushed.
     pub(crate) fn share(&self) -> Result<()> {
-        self.file.downgrade()
+        self.storage().downgrade()
     }
 
     /// Changes of its tables that are not on stable storage yet.
     pub(crate) fn pending(&self) -> usize {
-        self.image().map_or(0, Image::pending)
+        self.image().map_or(0, |image| image.pending())
     }
 
     /// Its host file, for its size and its holes.
-    pub(crate) fn storage(&self) -> &HostFile {
-        &self.file
+    pub(crate) fn storage(&self) -> Arc<HostFile> {
+        Arc::clone(&self.open.load().file)
+    }
+}
+
+impl Open {
+    fn new(
+        id: &str,
+        entry: &LayerEntry,
+        file: Arc<HostFile>,
+        backing: Option<Arc<dyn Disk>>,
+        access: Access<'_>,
+    ) -> Result<Self> {
+        let content = match entry.format {
+            ImageFormat::Raw => {
+                let read_only = matches!(access, Access::Read);
+                Content::Raw(Arc::new(RawDisk::new(Arc::clone(&file) as _, read_only)?))
+            }
+            ImageFormat::Qcow2 => {
+                let backing = match backing {
+                    None => open_own_backing(&entry.path, &*file, 0)?,
+                    some => some,
+                };
+                let mode = match access {
+                    Access::Read => Mode::ReadOnly,
+                    Access::Write { journals } => Mode::Writable(journals.open(id, entry.number)?),
+                };
+                let image = Image::open(Arc::clone(&file) as _, backing, mode);
+                Content::Qcow2(Arc::new(image.context(|| format!("open {}", entry.path.display()))?))
+            }
+        };
+        Ok(Self { file, content })
+    }
+
+    fn disk(&self) -> Arc<dyn Disk> {
+        match &self.content {
+            Content::Raw(disk) => Arc::clone(disk) as _,
+            Content::Qcow2(image) => Arc::clone(image) as _,
+        }
+    }
+
+    fn layer(&self) -> &dyn block::Layer {
+        match &self.content {
+            Content::Raw(disk) => &**disk,
+            Content::Qcow2(image) => &**image,
+        }
+    }
+}
+
+impl block::Layer for Layer {
+    fn run_at(&self, range: ByteRange) -> Result<Run> {
+        self.open.load().layer().run_at(range)
+    }
+
+    fn data(&self) -> Arc<dyn Storage> {
+        self.open.load().layer().data()
+    }
+}
+
+impl Disk for Layer {
+    fn capacity(&self) -> u64 {
+        self.open.load().layer().capacity()
+    }
+
+    fn read_only(&self) -> bool {
+        self.open.load().layer().read_only()
+    }
+
+    fn discard_granularity(&self) -> u32 {
+        self.open.load().layer().discard_granularity()
+    }
+
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<()> {
+        self.open.load().layer().resolve_read(range, out)
+    }
+
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        waker: &Waker,
+        out: &mut Vec<Extent>,
+    ) -> Poll<Result<WriteGuard>> {
+        self.open.load().layer().resolve_write(range, waker, out)
+    }
+
+    fn discard(&self, range: ByteRange, waker: &Waker) -> Poll<Result<()>> {
+        self.open.load().layer().discard(range, waker)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, unmap: bool, waker: &Waker) -> Poll<Result<()>> {
+        self.open.load().layer().write_zeroes(range, unmap, waker)
+    }
+
+    fn flush(&self) -> Box<dyn Flush> {
+        self.open.load().layer().flush()
     }
 }
 
@@ -130,7 +243,7 @@ fn open_own_backing(path: &Path, storage: &dyn Storage, depth: usize) -> Result<
         return Err(refuse(format!("its backing file '{name}' is not a plain file name")));
     }
     let backing = path.parent().unwrap_or(Path::new("")).join(&name);
-    let file = Arc::new(HostFile::open(&backing, Open { writable: false, cache: Cache::Writeback })?);
+    let file = Arc::new(HostFile::open(&backing, hostio::Open { writable: false, cache: Cache::Writeback })?);
     let disk: Arc<dyn Disk> = match header.backing_format.as_deref() {
         Some("raw") => Arc::new(RawDisk::new(file, true)?),
         Some("qcow2") => {
@@ -165,7 +278,7 @@ impl JournalFolder {
 
     fn open(&self, id: &str, number: u32) -> Result<Journal> {
         let open = |path: PathBuf| -> Result<Arc<dyn Storage>> {
-            let how = Open { writable: true, cache: Cache::Writeback };
+            let how = hostio::Open { writable: true, cache: Cache::Writeback };
             let file = match HostFile::create(&path, Cache::Writeback) {
                 Err(_) if path.exists() => HostFile::open(&path, how)?,
                 created => created?,
