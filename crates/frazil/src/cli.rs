@@ -85,7 +85,8 @@ const DISK_KEYS: &str = "Keys of --disk, separated by commas; a comma inside a v
   serial=S            what the guest sees, at most 20 characters; the id if absent
   readonly=on|off     refuse the guest's writes; off if absent
   cache=writeback|none
-                      through the host's page cache (if absent), or past it (O_DIRECT)";
+                      through the host's page cache (if absent), or past it (O_DIRECT)
+  metadata-cache=SIZE memory for what is known of where the disk's bytes are; 64M if absent";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Snapshot {

@@ -10,9 +10,8 @@ use std::sync::Arc;
 use block::{
     ByteRange, Context, Error, ErrorKind, Layer as _, Place, Result, blocking, read_disk, write_disk,
 };
-use hostio::Cache;
 
-use crate::layer::{Layer, MAX_PENDING};
+use crate::layer::{Layer, MAX_PENDING, Opening};
 use crate::manifest::{LayerEntry, Manifest};
 use crate::model::Grade;
 use crate::store::Store;
@@ -50,7 +49,7 @@ pub(crate) fn delete(store: &Store, name: &str) -> Result<()> {
 fn open_to_merge(store: &Store, span: &Span) -> Result<Vec<Arc<Layer>>> {
     let count = span.layer + 1 + span.above.len();
     let layers = store
-        .open_layers(&span.id, count, Cache::Writeback, Some(span.layer))
+        .open_layers(&span.id, count, Opening::OFFLINE, Some(span.layer))
         .context(|| "an export, or another program, may still read the snapshot")?;
     let layers = layers[span.layer..].to_vec();
     let capacity = |layer: &Arc<Layer>| layer.disk().capacity();
@@ -121,9 +120,9 @@ pub(crate) fn revert(store: &Store, name: &str, discard_newer: bool) -> Result<(
 /// Makes an overlay on the layer of each span. On an error, `overlays` has those that were made.
 fn create_overlays(store: &Store, spans: &[Span], overlays: &mut Vec<Arc<Layer>>) -> Result<()> {
     for span in spans {
-        let layers = store.open_layers(&span.id, span.layer + 1, Cache::Writeback, None)?;
+        let layers = store.open_layers(&span.id, span.layer + 1, Opening::OFFLINE, None)?;
         let (base, top) = (&layers[0], &layers[span.layer]);
-        overlays.push(store.create_overlay(&span.id, base, top, Cache::Writeback)?);
+        overlays.push(store.create_overlay(&span.id, base, top, Opening::OFFLINE)?);
     }
     Ok(())
 }

@@ -4,11 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use block::Result;
-use hostio::Cache;
 
 use crate::chain::Chain;
 use crate::cut::{Layers, PivotedLayers, PreparedLayers};
-use crate::layer::Layer;
+use crate::layer::{Layer, Opening};
 use crate::model::{SnapshotDisk, SnapshotRecord};
 use crate::store::Store;
 
@@ -16,7 +15,7 @@ use crate::store::Store;
 #[derive(Clone, Debug)]
 pub(crate) struct Served {
     pub(crate) chain: Arc<Chain>,
-    pub(crate) cache: Cache,
+    pub(crate) how: Opening,
 }
 
 /// The disks of a cut, before it.
@@ -60,14 +59,14 @@ impl Layers for Group {
 
 impl Group {
     fn create(&self, prepared: &mut Vec<Prepared>) -> Result<()> {
-        for Served { chain, cache } in &self.disks {
+        for Served { chain, how } in &self.disks {
             let (base, top) = {
                 let layers = chain.layers();
                 let ends = layers.first().zip(layers.last());
                 let (base, top) = ends.ok_or_else(|| chain.closed())?;
                 (Arc::clone(base), Arc::clone(top))
             };
-            let overlay = self.store.create_overlay(chain.id(), &base, &top, *cache)?;
+            let overlay = self.store.create_overlay(chain.id(), &base, &top, *how)?;
             prepared.push(Prepared { chain: Arc::clone(chain), top, overlay });
         }
         self.store.update(|manifest| {

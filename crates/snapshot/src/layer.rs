@@ -1,16 +1,18 @@
 //! Layers: the images of a chain, opened.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
 use arc_swap::ArcSwap;
 use block::{
-    ByteRange, Context, Disk, Error, ErrorKind, Extent, Flush, RawDisk, Result, Run, Storage, WriteGuard,
+    ByteRange, Context, Disk, Error, ErrorKind, Extent, Flush, RawDisk, Result, Run, Stack, Storage,
+    WriteGuard,
 };
 use hostio::{Cache, HostFile};
-use qcow2::{Header, Image, Journal, Mode};
+use qcow2::{Image, Journal, Mode};
 
+use crate::backing;
 use crate::manifest::LayerEntry;
 use crate::model::ImageFormat;
 
@@ -18,17 +20,44 @@ use crate::model::ImageFormat;
 /// bound of the journal's size and of the time to replay it. A guest that flushes never gets there.
 pub(crate) const MAX_PENDING: usize = 16 * 1024;
 
-/// How many images deep the base image that the user gave may be.
-const MAX_BASE_DEPTH: usize = 64;
+/// What the map of a snapshot's reader may take: enough for a walk over the disk, as exports and probes do it.
+const VIEW_BYTES: u64 = 1 << 20;
+
+/// What a disk's metadata cache is where nobody says otherwise, in bytes.
+pub const DEFAULT_METADATA_CACHE: u64 = 64 << 20;
+
+/// How the images of a disk are opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Opening {
+    /// The way of data I/O.
+    pub(crate) cache: Cache,
+    /// Bytes of memory for what is known of where the disk's bytes are.
+    pub(crate) metadata_cache: u64,
+}
+
+impl Opening {
+    /// For work on a chain that is not served.
+    pub(crate) const OFFLINE: Self = Self { cache: Cache::Writeback, metadata_cache: DEFAULT_METADATA_CACHE };
+
+    /// The share of the stack's map; the rest is for the images' own tables.
+    pub(crate) fn map_bytes(self) -> u64 {
+        self.metadata_cache / 2
+    }
+}
 
 /// One image of a chain.
 ///
 /// As a disk and a layer it shows whatever is open of it now: a job that writes to it opens the image once more, for
 /// writing, and everybody who has this layer reads it through that from then on.
+///
+/// Stacks of the layers above it hold it, and it holds the one of those beneath it. No layer is the last to hold another
+/// while it is dropped itself, however long the chain is: see [`Stack`].
 #[derive(Debug)]
 pub(crate) struct Layer {
     pub(crate) entry: LayerEntry,
     open: ArcSwap<Open>,
+    /// All that is beneath it; the image reads through it.
+    beneath: Arc<Stack>,
 }
 
 /// An image that is open.
@@ -56,19 +85,60 @@ pub(crate) enum Access<'a> {
 }
 
 impl Layer {
-    /// Opens the image of `entry` on top of `backing`, which is `None` for the base: what a base image names in its
+    /// Opens the image of `entry` on top of `beneath`, which is `None` for the base: what a base image names in its
     /// header as its own backing file is opened too, read-only.
     pub(crate) fn open(
         id: &str,
         entry: &LayerEntry,
-        backing: Option<Arc<dyn Disk>>,
-        cache: Cache,
+        beneath: Option<Arc<Stack>>,
+        how: Opening,
         access: Access<'_>,
     ) -> Result<Self> {
         let writable = matches!(access, Access::Write { .. });
-        let file = Arc::new(HostFile::open(&entry.path, hostio::Open { writable, cache })?);
-        let open = Open::new(id, entry, file, backing, access)?;
-        Ok(Self { entry: entry.clone(), open: ArcSwap::from_pointee(open) })
+        let file = Arc::new(HostFile::open(&entry.path, hostio::Open { writable, cache: how.cache })?);
+        let beneath = match beneath {
+            Some(beneath) => beneath,
+            None => {
+                let own = match entry.format {
+                    ImageFormat::Raw => Vec::new(),
+                    ImageFormat::Qcow2 => backing::open_own(&entry.path, &*file)?,
+                };
+                Arc::new(Stack::new(own, how.map_bytes()))
+            }
+        };
+        let open = Open::new(id, entry, file, Arc::clone(&beneath), access)?;
+        Ok(Self { entry: entry.clone(), open: ArcSwap::from_pointee(open), beneath })
+    }
+
+    /// The stack for an overlay on this layer. The layer may be written until that is first read.
+    pub(crate) fn stack(self: &Arc<Self>) -> Stack {
+        self.beneath.with_layer(Arc::clone(self) as _)
+    }
+
+    /// The disk as this layer, which is frozen, shows it. What is found out for it does not crowd out what a guest
+    /// uses.
+    pub(crate) fn view(self: &Arc<Self>) -> Stack {
+        self.stack_of(VIEW_BYTES)
+    }
+
+    /// The stack for a layer on this one while this one is being written.
+    pub(crate) fn changing_stack(self: &Arc<Self>) -> Stack {
+        self.stack_of(0)
+    }
+
+    fn stack_of(self: &Arc<Self>, cache_bytes: u64) -> Stack {
+        let own = Arc::clone(self) as Arc<dyn block::Layer>;
+        Stack::new(self.beneath.layers().into_iter().chain([own]).collect(), cache_bytes)
+    }
+
+    /// What is beneath it.
+    pub(crate) fn beneath(&self) -> &Stack {
+        &self.beneath
+    }
+
+    /// The backing files of its own that it has as a chain's base. Only an image that a user gave has any.
+    pub(crate) fn own_backing(&self) -> Vec<Arc<dyn block::Layer>> {
+        if self.entry.number == 0 { self.beneath.layers() } else { Vec::new() }
     }
 
     /// Opens the image once more, for a job to write to it beneath the chain that reads it. Nothing changes if it is open
@@ -76,17 +146,12 @@ impl Layer {
     ///
     /// Errors: [`ErrorKind::Busy`] while another program reads the image.
     #[allow(dead_code, reason = "the jobs that follow call it")]
-    pub(crate) fn begin_writing(
-        &self,
-        id: &str,
-        backing: Option<Arc<dyn Disk>>,
-        journals: &JournalFolder,
-    ) -> Result<()> {
+    pub(crate) fn begin_writing(&self, id: &str, journals: &JournalFolder) -> Result<()> {
         if !self.disk().read_only() {
             return Ok(());
         }
         let file = Arc::new(self.storage().reopen_for_writing()?);
-        let open = Open::new(id, &self.entry, file, backing, Access::Write { journals })?;
+        let open = Open::new(id, &self.entry, file, Arc::clone(&self.beneath), Access::Write { journals })?;
         if open.disk().capacity() != self.disk().capacity() {
             let story = format!("{} has been resized by somebody", self.entry.path.display());
             return Err(Error::new(ErrorKind::Unsupported, story));
@@ -143,7 +208,7 @@ impl Open {
         id: &str,
         entry: &LayerEntry,
         file: Arc<HostFile>,
-        backing: Option<Arc<dyn Disk>>,
+        beneath: Arc<Stack>,
         access: Access<'_>,
     ) -> Result<Self> {
         let content = match entry.format {
@@ -152,15 +217,11 @@ impl Open {
                 Content::Raw(Arc::new(RawDisk::new(Arc::clone(&file) as _, read_only)?))
             }
             ImageFormat::Qcow2 => {
-                let backing = match backing {
-                    None => open_own_backing(&entry.path, &*file, 0)?,
-                    some => some,
-                };
                 let mode = match access {
                     Access::Read => Mode::ReadOnly,
                     Access::Write { journals } => Mode::Writable(journals.open(id, entry.number)?),
                 };
-                let image = Image::open(Arc::clone(&file) as _, backing, mode);
+                let image = Image::open(Arc::clone(&file) as _, Some(beneath), mode);
                 Content::Qcow2(Arc::new(image.context(|| format!("open {}", entry.path.display()))?))
             }
         };
@@ -229,37 +290,6 @@ impl Disk for Layer {
     fn flush(&self) -> Box<dyn Flush> {
         self.open.load().layer().flush()
     }
-}
-
-/// The backing file that the header of the base image `path` names, and those beneath it.
-fn open_own_backing(path: &Path, storage: &dyn Storage, depth: usize) -> Result<Option<Arc<dyn Disk>>> {
-    let header = Header::read(storage).context(|| format!("open {}", path.display()))?;
-    let Some(name) = header.backing_file else { return Ok(None) };
-    let refuse = |story: String| Error::new(ErrorKind::Unsupported, format!("{}: {story}", path.display()));
-    if depth == MAX_BASE_DEPTH {
-        return Err(refuse(format!("its chain of backing files is longer than {MAX_BASE_DEPTH}, or a loop")));
-    }
-    if name.contains(':') {
-        return Err(refuse(format!("its backing file '{name}' is not a plain file name")));
-    }
-    let backing = path.parent().unwrap_or(Path::new("")).join(&name);
-    let file = Arc::new(HostFile::open(&backing, hostio::Open { writable: false, cache: Cache::Writeback })?);
-    let disk: Arc<dyn Disk> = match header.backing_format.as_deref() {
-        Some("raw") => Arc::new(RawDisk::new(file, true)?),
-        Some("qcow2") => {
-            let beneath = open_own_backing(&backing, &*file, depth + 1)?;
-            Arc::new(Image::open(file, beneath, Mode::ReadOnly)?)
-        }
-        Some(other) => {
-            return Err(refuse(format!("its backing file has the format '{other}', not raw or qcow2")));
-        }
-        None => {
-            let story = "its header does not state the format of its backing file; \
-                         state it with `qemu-img rebase -u -F FORMAT -b FILE`";
-            return Err(refuse(story.to_owned()));
-        }
-    };
-    Ok(Some(disk))
 }
 
 /// Where the journals of writable qcow2 images are.

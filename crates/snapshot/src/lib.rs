@@ -1,5 +1,6 @@
 //! The cut: consistent snapshots of a group of disks.
 
+mod backing;
 mod chain;
 mod cut;
 mod debts;
@@ -24,6 +25,7 @@ pub use cut::{
     PivotedLayers, PreparedLayers, SystemClock, ThawOutcome, grade,
 };
 pub use export::Progress;
+pub use layer::DEFAULT_METADATA_CACHE;
 pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager};
 pub use model::{
     CreateRequest, DiskStatus, Event, FreezeOwner, FreezePolicy, Grade, ImageFormat, SnapshotDisk,

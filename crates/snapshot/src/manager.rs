@@ -21,7 +21,7 @@ use crate::events::Bus;
 use crate::export::{self, Progress};
 use crate::group::{Group, Served, seal};
 use crate::housekeeping::{Duties, Housekeeping, growth_folders};
-use crate::layer::Layer;
+use crate::layer::{Layer, Opening};
 use crate::model::{
     CreateRequest, DiskStatus, Event, FreezeOwner, FreezePolicy, ImageFormat, SnapshotDisk, SnapshotRecord,
 };
@@ -51,6 +51,15 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// The way of its data I/O.
     pub cache: Cache,
+    /// Bytes of memory for what is known of where its bytes are: a share for the active image's tables, one for the
+    /// layers beneath.
+    pub metadata_cache: u64,
+}
+
+impl DiskConfig {
+    fn opening(&self) -> Opening {
+        Opening { cache: self.cache, metadata_cache: self.metadata_cache }
+    }
 }
 
 /// Who freezes the guest, and what is done if nobody says otherwise.
@@ -111,7 +120,7 @@ impl Manager {
         let mut served = BTreeMap::new();
         for disk in disks {
             let chain = Arc::new(open_chain(&store, disk)?);
-            served.insert(disk.id.clone(), Served { chain, cache: disk.cache });
+            served.insert(disk.id.clone(), Served { chain, how: disk.opening() });
         }
         let mut manager = Self::assemble(store, served, defaults, guest)?;
         // Opening the chains has synced them; those that this run does not serve are when they are opened.
@@ -262,7 +271,7 @@ impl Manager {
 
     /// The disks that are served.
     pub fn disks(&self) -> Vec<DiskStatus> {
-        self.disks.values().map(|disk| disk.chain.status(disk.cache)).collect()
+        self.disks.values().map(|disk| disk.chain.status(disk.how.cache)).collect()
     }
 
     /// The snapshot that is prepared and waits for its release.
@@ -405,12 +414,12 @@ impl Manager {
         let index = place()?;
         let open = match self.disks.get(id) {
             Some(disk) => disk.chain.layers().get(index).cloned(),
-            None => self.store.open_layers(id, index + 1, Cache::Writeback, None)?.pop(),
+            None => self.store.open_layers(id, index + 1, Opening::OFFLINE, None)?.pop(),
         };
         let layer = open.ok_or_else(maintained)?;
         // A delete may have come in between. One that comes from here on finds the image in use.
         match place()? == index {
-            true => Ok(layer.disk()),
+            true => Ok(Arc::new(layer.view())),
             false => Err(maintained()),
         }
     }
@@ -433,7 +442,7 @@ impl Manager {
         let worked = work(&self.store);
         let attach = |disk: &&Served| {
             let story = || format!("disk {} stays closed: restart the daemon", disk.chain.id());
-            let layers = open_layers(&self.store, disk.chain.id(), disk.cache, disk.chain.read_only());
+            let layers = open_layers(&self.store, disk.chain.id(), disk.how, disk.chain.read_only());
             layers.and_then(|layers| disk.chain.attach(layers)).context(story)
         };
         disks.iter().map(attach).fold(Ok(()), Result::and).and(worked)
@@ -443,13 +452,13 @@ impl Manager {
 /// Opens a disk's chain, which is made if the disk is new.
 fn open_chain(store: &Store, disk: &DiskConfig) -> Result<Chain> {
     let what = || format!("disk {}", disk.id);
-    store.declare(&disk.id, &disk.path, disk.format, disk.cache, disk.read_only).context(what)?;
-    let layers = open_layers(store, &disk.id, disk.cache, disk.read_only).context(what)?;
+    store.declare(&disk.id, &disk.path, disk.format, disk.opening(), disk.read_only).context(what)?;
+    let layers = open_layers(store, &disk.id, disk.opening(), disk.read_only).context(what)?;
     Chain::new(&disk.id, disk.read_only, layers)
 }
 
 /// Opens a disk's layers as the manifest has them, the last one for writing unless the disk is read-only.
-fn open_layers(store: &Store, id: &str, cache: Cache, read_only: bool) -> Result<Vec<Arc<Layer>>> {
+fn open_layers(store: &Store, id: &str, how: Opening, read_only: bool) -> Result<Vec<Arc<Layer>>> {
     let count = store.manifest().disk(id)?.layers.len();
-    store.open_layers(id, count, cache, (!read_only).then_some(count - 1))
+    store.open_layers(id, count, how, (!read_only).then_some(count - 1))
 }

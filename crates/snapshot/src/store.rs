@@ -14,12 +14,12 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::{Context, Disk, Error, ErrorKind, Result};
+use block::{Context, Error, ErrorKind, Result, Stack};
 use hostio::{Cache, HostFile};
 use qcow2::CreateOptions;
 use tracing::warn;
 
-use crate::layer::{Access, JournalFolder, Layer};
+use crate::layer::{Access, JournalFolder, Layer, Opening};
 use crate::manifest::{DiskEntry, LayerEntry, Manifest};
 use crate::model::{ImageFormat, SnapshotRecord};
 
@@ -129,7 +129,7 @@ impl Store {
         id: &str,
         path: &Path,
         format: ImageFormat,
-        cache: Cache,
+        how: Opening,
         read_only: bool,
     ) -> Result<()> {
         // Not resolved further: a device's stable name must stay, what it links to changes with each boot.
@@ -156,7 +156,7 @@ impl Store {
         let base = LayerEntry { path, format, number: 0, sealed: read_only };
         // Opened before it is remembered: a mistake must not be.
         let access = if read_only { Access::Read } else { Access::Write { journals: &self.journals } };
-        Layer::open(id, &base, None, cache, access)?;
+        Layer::open(id, &base, None, how, access)?;
         self.update(|manifest| {
             manifest.disks.insert(id.to_owned(), DiskEntry { layers: vec![base], next: 1 });
             Ok(())
@@ -190,27 +190,28 @@ impl Store {
         &self,
         id: &str,
         count: usize,
-        cache: Cache,
+        how: Opening,
         writable: Option<usize>,
     ) -> Result<Vec<Arc<Layer>>> {
         let entries = self.manifest().disk(id)?.layers.clone();
-        let mut layers: Vec<Arc<Layer>> = Vec::new();
+        let (mut layers, mut beneath) = (Vec::new(), None);
         for (index, entry) in entries.iter().take(count).enumerate() {
-            let backing = || layers.last().map(|layer| layer.disk());
             let is_writable = writable == Some(index);
             if !is_writable && !entry.sealed {
-                self.recover(id, entry, backing())?;
+                self.recover(id, entry, beneath.clone())?;
             }
             let access = if is_writable { Access::Write { journals: &self.journals } } else { Access::Read };
-            layers.push(Arc::new(Layer::open(id, entry, backing(), cache, access)?));
+            let layer = Arc::new(Layer::open(id, entry, beneath, how, access)?);
+            beneath = Some(Arc::new(if is_writable { layer.changing_stack() } else { layer.stack() }));
+            layers.push(layer);
         }
         Ok(layers)
     }
 
     /// Does the SEAL that a killed process could not: what it acknowledged goes from the journal into the image.
-    fn recover(&self, id: &str, entry: &LayerEntry, backing: Option<Arc<dyn Disk>>) -> Result<()> {
+    fn recover(&self, id: &str, entry: &LayerEntry, beneath: Option<Arc<Stack>>) -> Result<()> {
         let access = Access::Write { journals: &self.journals };
-        Layer::open(id, entry, backing, Cache::Writeback, access)?.flush()?;
+        Layer::open(id, entry, beneath, Opening::OFFLINE, access)?.flush()?;
         self.journals.remove(id, entry.number)
     }
 
@@ -258,8 +259,8 @@ impl Store {
         &self,
         id: &str,
         base: &Layer,
-        top: &Layer,
-        cache: Cache,
+        top: &Arc<Layer>,
+        how: Opening,
     ) -> Result<Arc<Layer>> {
         let folder = self.growth_folder(base);
         let stem = base.entry.path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -273,7 +274,7 @@ impl Store {
                 Err(_) if entry.path.symlink_metadata().is_ok() => continue,
                 Err(error) => return Err(error),
             };
-            let made = self.fill_overlay(id, &entry, file, top, cache);
+            let made = self.fill_overlay(id, &entry, file, top, how);
             return made.inspect_err(|_| self.discard(id, &entry));
         }
         let story = format!("{} is full of leftover overlays of disk {id}", folder.display());
@@ -285,8 +286,8 @@ impl Store {
         id: &str,
         entry: &LayerEntry,
         file: HostFile,
-        top: &Layer,
-        cache: Cache,
+        top: &Arc<Layer>,
+        how: Opening,
     ) -> Result<Arc<Layer>> {
         let backing = backing_name(&entry.path, &top.entry);
         let options = CreateOptions::overlay(top.disk().capacity(), Some(backing));
@@ -295,7 +296,8 @@ impl Store {
         hostio::sync_dir(entry.path.parent().unwrap_or(Path::new("/")))?;
         self.journals.remove(id, entry.number)?;
         let access = Access::Write { journals: &self.journals };
-        Ok(Arc::new(Layer::open(id, entry, Some(top.disk()), cache, access)?))
+        let beneath = Some(Arc::new(top.stack()));
+        Ok(Arc::new(Layer::open(id, entry, beneath, how, access)?))
     }
 
     /// Takes an image that Frazil made, and that no manifest names, out of the world, and its journal. What can not be

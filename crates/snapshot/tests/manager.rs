@@ -14,7 +14,7 @@ use snapshot::{CreateRequest, DiskConfig, Event, FreezeDefaults, FreezePolicy, G
 
 mod bench;
 
-use bench::{Bench, SIZE, byte, chain, check, request, snapshot, stamp};
+use bench::{Bench, SIZE, byte, chain, check, disk, request, snapshot, stamp};
 
 #[test]
 fn a_snapshot_keeps_what_was_and_the_disk_goes_on() {
@@ -273,15 +273,7 @@ fn a_qcow2_base_with_its_own_backing_file_is_served() {
         .arg(&base)
         .status();
     assert!(made.expect("qemu-img is needed: run `make deps`").success());
-    let format = ImageFormat::Qcow2;
-    let disk = DiskConfig {
-        id: "vda".into(),
-        path: base.clone(),
-        format,
-        read_only: false,
-        cache: Cache::Writeback,
-    };
-    let bench = Bench { disks: vec![disk], ..bench };
+    let bench = Bench { disks: vec![disk("vda", base.clone(), ImageFormat::Qcow2)], ..bench };
     let manager = bench.open();
     stamp(&manager, "vda", 0, 1);
     snapshot(&manager, "one");

@@ -9,10 +9,15 @@ use super::mistake::{MAX_ID, MAX_SERIAL};
 use super::{Mistake, Word};
 
 /// The keys of a disk, in the order in which people write them.
-pub(crate) const KEYS: &[&str] = &["id", "path", "format", "socket", "queues", "serial", "readonly", "cache"];
+pub(crate) const KEYS: &[&str] =
+    &["id", "path", "format", "socket", "queues", "serial", "readonly", "cache", "metadata-cache"];
 
 /// As many as one framework's worker mask has bits (`VhostUserBackend::queues_per_thread`).
 pub(crate) const MAX_QUEUES: u16 = 64;
+
+/// Less would hold hardly more than one piece of a disk that was written in crumbs.
+const MIN_METADATA_CACHE: u64 = 1 << 20;
+const MAX_METADATA_CACHE: u64 = 64 << 30;
 
 /// A disk to serve.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -33,6 +38,8 @@ pub(crate) struct DiskConfig {
     pub(crate) readonly: bool,
     /// The way of data I/O.
     pub(crate) cache: Cache,
+    /// Bytes of memory for what is known of where the disk's bytes are.
+    pub(crate) metadata_cache: u64,
 }
 
 /// Parses the value of `--disk`; a comma inside a value is written as two, as QEMU does.
@@ -81,6 +88,9 @@ pub(super) fn from_pairs(pairs: Vec<(String, String)>) -> Result<DiskConfig, Mis
         cache: given
             .optional("cache")
             .map_or(Ok(Cache::default()), |value| Cache::from_word("cache", &value))?,
+        metadata_cache: given
+            .optional("metadata-cache")
+            .map_or(Ok(snapshot::DEFAULT_METADATA_CACHE), |value| size("metadata-cache", &value))?,
         id,
         serial,
     })
@@ -135,4 +145,17 @@ fn queues(value: &str) -> Result<u16, Mistake> {
         Ok(queues) if (1..=MAX_QUEUES).contains(&queues) => Ok(queues),
         _ => Err(Mistake::NoSuchNumber { key: "queues", value: value.to_owned(), low: 1, high: MAX_QUEUES }),
     }
+}
+
+/// Bytes, as a number or with one of the suffixes that QEMU takes (powers of 1024).
+fn size(key: &'static str, value: &str) -> Result<u64, Mistake> {
+    let (digits, unit) = match value.chars().last() {
+        Some('K') => (&value[..value.len() - 1], 1 << 10),
+        Some('M') => (&value[..value.len() - 1], 1 << 20),
+        Some('G') => (&value[..value.len() - 1], 1 << 30),
+        _ => (value, 1),
+    };
+    let bytes = digits.parse().ok().and_then(|number: u64| number.checked_mul(unit));
+    let fits = bytes.filter(|bytes| (MIN_METADATA_CACHE..=MAX_METADATA_CACHE).contains(bytes));
+    fits.ok_or_else(|| Mistake::NoSuchSize { key, value: value.to_owned() })
 }

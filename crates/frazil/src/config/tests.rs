@@ -19,14 +19,17 @@ fn the_least_disk_has_defaults_for_the_rest() {
         serial: "vda".to_owned(),
         readonly: false,
         cache: Cache::Writeback,
+        metadata_cache: 64 << 20,
     };
     assert_eq!(disk, expected);
 }
 
 #[test]
 fn every_key_of_a_disk_is_taken_in_any_order() {
-    let disk =
-        parse_disk("cache=none,readonly=on,serial=S 1,queues=4,socket=s,format=qcow2,path=p,id=vdb").unwrap();
+    let disk = parse_disk(
+        "cache=none,metadata-cache=3G,readonly=on,serial=S 1,queues=4,socket=s,format=qcow2,path=p,id=vdb",
+    )
+    .unwrap();
     let expected = DiskConfig {
         id: "vdb".to_owned(),
         path: "p".into(),
@@ -36,6 +39,7 @@ fn every_key_of_a_disk_is_taken_in_any_order() {
         serial: "S 1".to_owned(),
         readonly: true,
         cache: Cache::None,
+        metadata_cache: 3 << 30,
     };
     assert_eq!(disk, expected);
 }
@@ -68,10 +72,18 @@ fn a_mistake_in_a_disk_names_the_key_and_the_way_out() {
         ("queues=0", "key `queues` can not be `0`; it is a number from 1 to 64"),
         ("queues=65", "key `queues` can not be `65`; it is a number from 1 to 64"),
         ("cache=unsafe", "key `cache` can not be `unsafe`; it is one of writeback, none"),
+        (
+            "metadata-cache=64",
+            "key `metadata-cache` can not be `64`; it is a size from 1M to 64G, as 4096K, 64M or 1G",
+        ),
+        (
+            "metadata-cache=99999999999999999999G",
+            "key `metadata-cache` can not be `99999999999999999999G`; it is a size from 1M to 64G, as 4096K, 64M or 1G",
+        ),
         ("id=vdb", "key `id` is given twice; give it once"),
         (
             "size=1G",
-            "unknown key `size`; the keys are id, path, format, socket, queues, serial, readonly, cache",
+            "unknown key `size`; the keys are id, path, format, socket, queues, serial, readonly, cache, metadata-cache",
         ),
         (
             "serial=123456789012345678901",

@@ -84,6 +84,7 @@ fn disk_config(disk: &config::DiskConfig) -> DiskConfig {
         format: disk.format,
         read_only: disk.readonly,
         cache: disk.cache,
+        metadata_cache: disk.metadata_cache,
     }
 }
 

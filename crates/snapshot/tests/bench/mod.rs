@@ -25,13 +25,12 @@ pub struct Bench {
 impl Bench {
     pub fn new(ids: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let disk = |id: &&str| {
+        let raw = |id: &&str| {
             let path = folder.path().join(format!("base-{id}.raw"));
             File::create(&path).unwrap().set_len(SIZE).unwrap();
-            let format = ImageFormat::Raw;
-            DiskConfig { id: (*id).to_owned(), path, format, read_only: false, cache: Cache::Writeback }
+            disk(id, path, ImageFormat::Raw)
         };
-        let disks = ids.iter().map(disk).collect();
+        let disks = ids.iter().map(raw).collect();
         Self { folder, disks }
     }
 
@@ -49,6 +48,19 @@ impl Bench {
         let bytes = std::fs::read(&out).unwrap();
         std::fs::remove_file(out).unwrap();
         bytes
+    }
+}
+
+/// A disk like most.
+pub fn disk(id: &str, path: PathBuf, format: ImageFormat) -> DiskConfig {
+    let cache = Cache::Writeback;
+    DiskConfig {
+        id: id.to_owned(),
+        path,
+        format,
+        read_only: false,
+        cache,
+        metadata_cache: snapshot::DEFAULT_METADATA_CACHE,
     }
 }
 

@@ -1,0 +1,122 @@
+use std::sync::Weak;
+
+use block::{read_disk, write_disk};
+use hostio::HostFile;
+use tempfile::TempDir;
+
+use super::*;
+use crate::model::ImageFormat;
+use crate::store::Store;
+
+const SIZE: u64 = 8 << 20;
+const HOW: Opening = Opening::OFFLINE;
+
+struct Bench {
+    _folder: TempDir,
+    store: Store,
+    chain: Chain,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path().join("base.raw");
+        HostFile::create(&base, Cache::Writeback).unwrap();
+        std::fs::File::options().write(true).open(&base).unwrap().set_len(SIZE).unwrap();
+        let store = Store::open(&folder.path().join("state")).unwrap();
+        store.declare("vda", &base, ImageFormat::Raw, HOW, false).unwrap();
+        let chain = Chain::new("vda", false, store.open_layers("vda", 1, HOW, Some(0)).unwrap()).unwrap();
+        Self { _folder: folder, store, chain }
+    }
+
+    /// What a cut does to a chain.
+    fn cut(&self) {
+        let (base, top) = {
+            let layers = self.chain.layers();
+            (Arc::clone(&layers[0]), Arc::clone(layers.last().unwrap()))
+        };
+        let overlay = self.store.create_overlay("vda", &base, &top, HOW).unwrap();
+        let push = |manifest: &mut crate::manifest::Manifest| {
+            manifest.push_layer("vda", &top.entry, &overlay.entry);
+            Ok(())
+        };
+        self.store.update(push).unwrap();
+        let frozen = self.chain.pivot(overlay).unwrap();
+        frozen.flush().unwrap();
+        self.store.layer_sealed("vda", &frozen).unwrap();
+        self.chain.sealed();
+    }
+
+    fn stamp(&self, offset: u64, byte: u8) {
+        write_disk(&self.chain, offset, &[byte; 4096]).unwrap();
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        bytes(&self.chain)
+    }
+}
+
+fn bytes(disk: &dyn Disk) -> Vec<u8> {
+    let mut bytes = vec![0; disk.capacity() as usize];
+    read_disk(disk, 0, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn each_snapshot_of_a_long_chain_reads_as_the_disk_did() {
+    let bench = Bench::new();
+    let mut held = Vec::new();
+    for round in 0..40_u64 {
+        bench.stamp(round % 7 * 65536, round as u8 + 1);
+        bench.stamp(round * 131_072 + 4096, round as u8 + 1);
+        // Half of the cuts find the map filled, half of them do not.
+        if round % 2 == 0 {
+            bench.bytes();
+        }
+        held.push(bench.bytes());
+        bench.cut();
+    }
+    assert!(bench.bytes() == *held.last().unwrap());
+    let layers = bench.chain.layers().clone();
+    for (layer, held) in layers.iter().zip(&held) {
+        assert!(bytes(&layer.view()) == *held, "{:?}", layer.entry);
+    }
+    // And the same if the chain is opened anew, all at once.
+    drop(layers);
+    bench.chain.flush().run().unwrap();
+    bench.chain.detach();
+    let layers = bench.store.open_layers("vda", 41, HOW, None).unwrap();
+    for (layer, held) in layers.iter().zip(&held) {
+        assert!(bytes(&layer.view()) == *held, "{:?}", layer.entry);
+        assert!(bytes(&*layer.disk()) == *held, "an old view, by way of the map of all: {:?}", layer.entry);
+    }
+}
+
+#[test]
+fn a_chain_takes_over_other_layers_and_lets_go_of_the_old_ones() {
+    let bench = Bench::new();
+    bench.stamp(0, 1);
+    bench.cut();
+    bench.stamp(4096, 2);
+    bench.cut();
+    // Nothing is written into this one, so that the chain reads the same without it.
+    bench.cut();
+    bench.stamp(8192, 3);
+    bench.cut();
+    bench.stamp(65536, 4);
+    let before = bench.bytes();
+    let gone: Weak<Layer> = Arc::downgrade(&bench.chain.layers()[2]);
+    let file = bench.chain.layers()[2].entry.path.clone();
+    let mut layers = bench.chain.layers().clone();
+    layers.remove(2);
+    bench.chain.relayer(layers, HOW);
+
+    assert!(bench.bytes() == before);
+    assert!(gone.upgrade().is_none());
+    // Nobody has it open, so its lock is free.
+    HostFile::open(&file, hostio::Open { writable: true, cache: Cache::Writeback }).unwrap();
+    bench.stamp(0, 5);
+    bench.cut();
+    let after = bench.bytes();
+    assert!(after[4096..] == before[4096..] && after[..4096] == [5; 4096]);
+}
