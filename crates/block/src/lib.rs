@@ -26,6 +26,7 @@
 //!
 //! This crate asks nothing of the kernel, so all that is built on it is tested in memory (feature `testing`).
 
+mod bitmap;
 mod disk;
 mod error;
 mod gate;
@@ -37,6 +38,7 @@ mod storage;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+pub use bitmap::DirtyBitmap;
 pub use disk::{
     Disk, Extent, Flush, FlushStep, PendingWrite, Source, WriteGuard, blocking, read_disk, write_disk,
 };
