@@ -275,14 +275,10 @@ impl Header {
         Ok(())
     }
 
-    /// Whether the engine can write this image; the error says why not, and what to do.
+    /// Whether the engine can write this image, once it is [repaired](crate::check::repair) if it is dirty; the error
+    /// says why not, and what to do.
     pub(crate) fn check_writable(&self) -> Result<()> {
         self.check_intact()?;
-        if self.is_dirty() {
-            let remedy =
-                "its refcounts are stale (lazy refcounts, not closed cleanly): run `qemu-img check -r all`";
-            return Err(unsupported(format!("writing an image marked dirty; {remedy} on it first")));
-        }
         if self.version != 3 {
             return Err(unsupported(
                 "writing version 2 images: run `qemu-img amend -o compat=v3` on it first",

@@ -42,7 +42,10 @@
 //! `docs/formats.md` has the details, byte by byte, and what is refused.
 
 mod alloc;
+#[allow(dead_code, reason = "the engine is about to use it")]
+mod bitmaps;
 mod bytes;
+mod check;
 #[allow(dead_code, reason = "the engine is about to use it")]
 mod compressed;
 mod create;
@@ -67,6 +70,7 @@ mod table;
 mod write;
 mod zero;
 
+pub use check::{Report, check};
 pub use create::{CreateOptions, create};
 pub use header::Header;
 pub use header_update::set_backing;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use block::{Context, Disk, Error, ErrorKind, Result, Storage};
 
 use crate::alloc::{Allocator, Refcounts};
+use crate::check::repair;
 use crate::entry::Home;
 use crate::flush::Flushes;
 use crate::header::Header;
@@ -33,7 +34,10 @@ impl Image {
         }
         match mode {
             Mode::ReadOnly => open_read_only(storage, backing, &header),
-            Mode::Writable(journal) => open_writable(storage, backing, &header, journal),
+            Mode::Writable(journal) => {
+                let header = repaired(&*storage, header)?;
+                open_writable(storage, backing, &header, journal)
+            }
         }
     }
 }
@@ -49,13 +53,23 @@ fn open_read_only(
     Ok(Image(Arc::new(Inner { storage, backing, geometry, tables, l1: header.l1, readable, writer: None })))
 }
 
+/// The header of the image, once its refcounts are true. If its last writer counted lazily and was killed, they are
+/// repaired first, which takes a look at all of its tables.
+fn repaired(storage: &dyn Storage, header: Header) -> Result<Header> {
+    header.check_writable()?;
+    if !header.is_dirty() {
+        return Ok(header);
+    }
+    repair(storage, &header).context(|| "the image was not closed cleanly")?;
+    Header::read(storage)
+}
+
 fn open_writable(
     storage: Arc<dyn Storage>,
     backing: Option<Arc<dyn Disk>>,
     header: &Header,
     journal: Journal,
 ) -> Result<Image> {
-    header.check_writable()?;
     let geometry = header.geometry();
     let mut metadata = Metadata::new(geometry);
     let l1_clusters = (geometry.tables() * 8).div_ceil(geometry.cluster_size());

@@ -85,8 +85,7 @@ fn what_only_writing_would_hurt_is_refused_for_writing() {
     let l1 = u64::from_be_bytes(image[40..48].try_into().unwrap()) as usize;
     let table = u64::from_be_bytes(image[48..56].try_into().unwrap()) as usize;
     for (what, at, value, word) in [
-        ("dirty", 79, &[0x11][..], "qemu-img check -r"),
-        ("corrupt", 79, &[0x12], "qemu-img check -r"),
+        ("corrupt", 79, &[0x12][..], "qemu-img check -r"),
         ("snapshots", 60, &[0, 0, 0, 1, 0, 0, 0, 0, 0, 2, 0, 0], "internal snapshots"),
         ("refcount width", 99, &[3], "8-bit refcounts"),
         ("refcount table at the header", 48, &[0; 8], "overlap"),

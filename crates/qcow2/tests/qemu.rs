@@ -253,6 +253,28 @@ fn compressed_clusters_are_refused_when_met() {
 }
 
 #[test]
+fn an_image_that_was_not_closed_is_repaired_before_it_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    qemu(
+        "qemu-img",
+        folder.path(),
+        &["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", "image", "4M"],
+    );
+    let killed = ["-f", "qcow2", "-c", "write -P 5 0 1M", "-c", "flush", "-c", "sigraise 9", "image"];
+    Command::new("qemu-io").args(killed).current_dir(folder.path()).output().unwrap();
+    let path = folder.path().join("image");
+    assert!(qcow2::check(&*open_file(&path, false)).unwrap().short > 0);
+    let mut expected = vec![0; CAPACITY as usize];
+    expected[..1 << 20].fill(5);
+    let image = open_image(&path, None);
+    scribble(&image, &mut expected, &mut Random(3), 40);
+    image.seal();
+    image.flush().run().unwrap();
+    drop(image);
+    assert_qemu_agrees(folder.path(), "image", &expected);
+}
+
+#[test]
 fn autoclear_bits_go_when_we_write() {
     let folder = tempfile::tempdir().unwrap();
     qemu("qemu-img", folder.path(), &["create", "-q", "-f", "qcow2", "image", "1M"]);
