@@ -6,6 +6,7 @@ mod device {
     mod data;
     mod gate;
     mod hostile;
+    mod parked;
     mod served;
     mod session;
 }

@@ -31,6 +31,7 @@ mod disk;
 mod error;
 mod gate;
 mod layer;
+mod parking;
 mod pulse;
 mod raw;
 mod stack;
@@ -45,6 +46,7 @@ pub use disk::{
 pub use error::{Context, Error, ErrorKind, Result};
 pub use gate::{Closed, Gate, Lane, Wait};
 pub use layer::{Layer, Place, Run};
+pub use parking::{Bay, IoStatus, Parking, WriteErrors};
 pub use pulse::{Beat, Pulse, Reading};
 pub use raw::RawDisk;
 pub use stack::Stack;

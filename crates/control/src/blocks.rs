@@ -5,6 +5,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
+use block::{IoStatus, WriteErrors};
 use hostio::Cache;
 use serde::Serialize;
 use snapshot::{DiskStatus, ImageFormat};
@@ -18,6 +19,8 @@ pub(crate) struct BlockInfo {
     locked: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     inserted: Option<BlockDeviceInfo>,
+    #[serde(rename = "io-status", skip_serializing_if = "Option::is_none")]
+    io_status: Option<IoStatus>,
 }
 
 /// QEMU's `BlockDeviceInfo`: a node.
@@ -79,6 +82,8 @@ pub(crate) fn block_info(disk: &DiskStatus) -> BlockInfo {
         removable: false,
         locked: false,
         inserted: top.and_then(|top| node(disk, top)),
+        // As in QEMU: absent where no error can make requests wait.
+        io_status: (disk.write_errors != WriteErrors::Report).then_some(disk.io_status),
     }
 }
 

@@ -55,6 +55,7 @@ pub(crate) const COMMANDS: &[Command] = &[
     // Frazil does not know what the guest is called, so QEMU's optional member stays away.
     Command { name: "query-name", params: &[], run: |_, _| Ok(json!({})) },
     Command { name: "query-status", params: &[], run: run_state },
+    Command { name: "cont", params: &[], run: resume },
     Command { name: "query-block", params: &[], run: query_block },
     Command { name: "query-named-block-nodes", params: &[], run: query_nodes },
     Command { name: "query-frazil", params: &[], run: query_frazil },
@@ -196,6 +197,11 @@ fn names() -> Value {
 fn run_state(caller: &Caller<'_>, _: Map<String, Value>) -> Outcome {
     let running = caller.service.disks().iter().any(|disk| disk.connected);
     Ok(json!({ "running": running, "status": if running { "running" } else { "prelaunch" } }))
+}
+
+fn resume(caller: &Caller<'_>, _: Map<String, Value>) -> Outcome {
+    caller.service.resume();
+    nothing()
 }
 
 fn query_block(caller: &Caller<'_>, _: Map<String, Value>) -> Outcome {

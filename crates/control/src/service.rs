@@ -53,6 +53,9 @@ pub trait Service: Send + Sync {
         progress: &dyn Fn(u64, u64),
     ) -> Result<()>;
 
+    /// Has all requests tried again that wait for the host.
+    fn resume(&self);
+
     /// The disks, sorted by id.
     fn disks(&self) -> Vec<DiskStatus>;
 

@@ -5,7 +5,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use block::{Error, ErrorKind, Result};
+use block::{Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
@@ -33,6 +33,7 @@ struct State {
     waiting: usize,
     go_on: bool,
     quit: bool,
+    resumed: bool,
 }
 
 impl Fake {
@@ -202,6 +203,10 @@ impl Service for Fake {
         Ok(())
     }
 
+    fn resume(&self) {
+        self.lock().resumed = true;
+    }
+
     fn disks(&self) -> Vec<DiskStatus> {
         let overlay = SnapshotDisk {
             id: "vda".to_owned(),
@@ -214,6 +219,9 @@ impl Service for Fake {
             read_only: false,
             connected: true,
             cache: Cache::None,
+            write_errors: WriteErrors::Enospc,
+            io_status: if self.lock().resumed { IoStatus::Ok } else { IoStatus::NoSpace },
+            parked: 2,
             layers: vec![image("vda"), overlay],
         }]
     }

@@ -86,7 +86,10 @@ const DISK_KEYS: &str = "Keys of --disk, separated by commas; a comma inside a v
   readonly=on|off     refuse the guest's writes; off if absent
   cache=writeback|none
                       through the host's page cache (if absent), or past it (O_DIRECT)
-  metadata-cache=SIZE memory for what is known of where the disk's bytes are; 64M if absent";
+  metadata-cache=SIZE memory for what is known of where the disk's bytes are; 64M if absent
+  werror=report|enospc|stop
+                      the guest's writes that the host can not carry out: fail them; let them wait if there is no room
+                      (if absent); let them wait whatever the reason";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Snapshot {

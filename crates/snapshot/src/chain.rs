@@ -6,7 +6,8 @@ use std::task::{Poll, Waker};
 
 use arc_swap::ArcSwapOption;
 use block::{
-    ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Gate, Pulse, Result, Stack, WriteGuard,
+    ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Gate, Parking, Pulse, Result, Stack,
+    WriteErrors, WriteGuard,
 };
 use hostio::Cache;
 
@@ -26,6 +27,7 @@ pub struct Chain {
     read_only: bool,
     gate: Arc<Gate>,
     pulse: Arc<Pulse>,
+    parking: Arc<Parking>,
     connected: AtomicBool,
     /// `None` while the images are closed, for work on the chain itself.
     active: ArcSwapOption<Active>,
@@ -41,13 +43,19 @@ struct Active {
 
 impl Chain {
     /// A chain of `layers`, the last of which is active. Not empty.
-    pub(crate) fn new(id: &str, read_only: bool, layers: Vec<Arc<Layer>>) -> Result<Self> {
+    pub(crate) fn new(
+        id: &str,
+        read_only: bool,
+        write_errors: WriteErrors,
+        layers: Vec<Arc<Layer>>,
+    ) -> Result<Self> {
         let chain = Self {
             id: id.to_owned(),
             capacity: layers.last().map_or(0, |top| top.disk().capacity()),
             read_only,
             gate: Arc::default(),
             pulse: Arc::default(),
+            parking: Arc::new(Parking::new(write_errors)),
             connected: AtomicBool::new(false),
             active: ArcSwapOption::empty(),
             layers: Mutex::default(),
@@ -69,6 +77,11 @@ impl Chain {
     /// How long its requests take: for jobs that must not be felt.
     pub fn pulse(&self) -> &Arc<Pulse> {
         &self.pulse
+    }
+
+    /// Where its requests wait that the host could not carry out.
+    pub fn parking(&self) -> &Arc<Parking> {
+        &self.parking
     }
 
     /// Told by the device: whether a front-end is connected.
@@ -163,6 +176,9 @@ impl Chain {
             read_only: self.read_only,
             connected: self.is_connected(),
             cache,
+            write_errors: self.parking.policy(),
+            io_status: self.parking.status(),
+            parked: self.parking.parked() as u64,
             layers: self.layers().iter().map(image).collect(),
         }
     }

@@ -28,6 +28,6 @@ pub use export::Progress;
 pub use layer::DEFAULT_METADATA_CACHE;
 pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager};
 pub use model::{
-    CreateRequest, DiskStatus, Event, FreezeOwner, FreezePolicy, Grade, ImageFormat, SnapshotDisk,
-    SnapshotRecord, Step, Timing, millis,
+    CreateRequest, DiskStatus, ErrorAction, Event, FreezeOwner, FreezePolicy, Grade, ImageFormat,
+    IoOperation, SnapshotDisk, SnapshotRecord, Step, Timing, millis,
 };

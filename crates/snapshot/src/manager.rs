@@ -6,7 +6,7 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use block::{Context, Disk, Error, ErrorKind, Result};
+use block::{Context, Disk, Error, ErrorKind, Result, WriteErrors};
 use hostio::Cache;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -54,6 +54,8 @@ pub struct DiskConfig {
     /// Bytes of memory for what is known of where its bytes are: a share for the active image's tables, one for the
     /// layers beneath.
     pub metadata_cache: u64,
+    /// What becomes of changes that the host can not carry out.
+    pub write_errors: WriteErrors,
 }
 
 impl DiskConfig {
@@ -189,6 +191,16 @@ impl Manager {
     /// All events from now on. A listener that lets 1024 wait misses some.
     pub fn subscribe(&self) -> Receiver<Event> {
         self.bus.subscribe()
+    }
+
+    /// Sends what the device has to tell to all who listen.
+    pub fn tell(&self, event: Event) {
+        self.bus.emit(event);
+    }
+
+    /// Has all requests tried again that wait for the host.
+    pub fn resume(&self) {
+        self.disks.values().for_each(|disk| disk.chain.parking().resume());
     }
 
     /// Takes a snapshot; returns once it is sealed.
@@ -454,7 +466,7 @@ fn open_chain(store: &Store, disk: &DiskConfig) -> Result<Chain> {
     let what = || format!("disk {}", disk.id);
     store.declare(&disk.id, &disk.path, disk.format, disk.opening(), disk.read_only).context(what)?;
     let layers = open_layers(store, &disk.id, disk.opening(), disk.read_only).context(what)?;
-    Chain::new(&disk.id, disk.read_only, layers)
+    Chain::new(&disk.id, disk.read_only, disk.write_errors, layers)
 }
 
 /// Opens a disk's layers as the manifest has them, the last one for writing unless the disk is read-only.

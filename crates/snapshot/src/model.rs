@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use block::{IoStatus, WriteErrors};
 use hostio::Cache;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -156,6 +157,26 @@ pub enum Step {
     Seal,
 }
 
+/// What a request was to do: QEMU's `IoOperationType`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoOperation {
+    /// Read.
+    Read,
+    /// Change the disk, or flush.
+    Write,
+}
+
+/// What became of a request that failed: QEMU's `BlockErrorAction`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorAction {
+    /// The guest was told.
+    Report,
+    /// It waits until the host can carry it out. QEMU stops the machine meanwhile; here the guest runs on.
+    Stop,
+}
+
 /// What happened; the control server sends each as a QMP event, named in the comment, with these fields as data.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", untagged)]
@@ -209,6 +230,19 @@ pub enum Event {
         /// How many file systems the agent says it thawed.
         count: u64,
     },
+    /// `BLOCK_IO_ERROR`, QEMU's: the host could not carry out a guest's request.
+    IoError {
+        /// The disk's id.
+        device: String,
+        /// What the guest asked for.
+        operation: IoOperation,
+        /// What became of it.
+        action: ErrorAction,
+        /// Whether for want of room.
+        nospace: bool,
+        /// Why, in words.
+        reason: String,
+    },
     /// `FRAZIL_SPACE_LOW`: little room is left where layers grow.
     SpaceLow {
         /// The folder.
@@ -229,6 +263,7 @@ impl Event {
             Self::Stall { .. } => "FRAZIL_STALL",
             Self::ThawOwed { .. } => "FRAZIL_THAW_OWED",
             Self::ThawConfirmed { .. } => "FRAZIL_THAW_CONFIRMED",
+            Self::IoError { .. } => "BLOCK_IO_ERROR",
             Self::SpaceLow { .. } => "FRAZIL_SPACE_LOW",
         }
     }
@@ -262,6 +297,13 @@ pub struct DiskStatus {
     pub connected: bool,
     /// The way of its data I/O.
     pub cache: Cache,
+    /// What becomes of changes that the host can not carry out.
+    #[serde(rename = "werror")]
+    pub write_errors: WriteErrors,
+    /// Whether requests wait for the host, and why.
+    pub io_status: IoStatus,
+    /// How many do.
+    pub parked: u64,
     /// The chain's images, the base first, the active layer last.
     pub layers: Vec<SnapshotDisk>,
 }

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use block::{Error, ErrorKind};
+use block::Error;
 
+use crate::errors::is_hosts;
 use crate::request::Op;
 
 const EVERY: Duration = Duration::from_secs(1);
@@ -26,12 +27,22 @@ impl Complaints {
     pub(crate) fn request_failed(&mut self, op: Option<&Op>, error: &Error) {
         let Some(left_out) = self.due() else { return };
         let (disk, queue) = (self.disk.as_str(), self.queue);
-        match error.kind() {
-            ErrorKind::OutOfRange | ErrorKind::ReadOnly | ErrorKind::InvalidInput => {
-                tracing::debug!(disk, queue, ?op, left_out, "refused a request: {error}");
-            }
-            _ => tracing::error!(disk, queue, ?op, left_out, "a request failed: {error}"),
+        match is_hosts(error.kind()) {
+            false => tracing::debug!(disk, queue, ?op, left_out, "refused a request: {error}"),
+            true => tracing::error!(disk, queue, ?op, left_out, "a request failed: {error}"),
         }
+    }
+
+    /// A request that waits until the host can carry it out.
+    pub(crate) fn request_parked(&mut self, op: Option<&Op>, error: &Error) {
+        let Some(left_out) = self.due() else { return };
+        let (disk, queue) = (self.disk.as_str(), self.queue);
+        tracing::warn!(disk, queue, ?op, left_out, "a request waits for the host: {error}");
+    }
+
+    /// All that waited has been carried out.
+    pub(crate) fn parked_no_more(&self) {
+        tracing::info!(disk = self.disk, queue = self.queue, "the requests that waited have been answered");
     }
 
     /// Something wrong with the ring itself.

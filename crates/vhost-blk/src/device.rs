@@ -47,6 +47,8 @@ impl Device {
                 serial: config.serial_bytes(),
                 gate: Arc::clone(&config.gate),
                 pulse: Arc::clone(&config.pulse),
+                parking: Arc::clone(&config.parking),
+                on_failure: Arc::clone(&config.on_failure),
                 cache: Arc::clone(&cache),
                 memory: memory.clone(),
                 state: Arc::clone(&state),
@@ -58,15 +60,17 @@ impl Device {
         Ok(Self { disk: Arc::clone(&config.disk), cache, workers, queues, prepared_exits, exits })
     }
 
-    /// Has each worker watch its bell and its io_uring.
+    /// Has each worker watch its bell, its io_uring and its timer.
     pub(crate) fn watch(&self, daemon: &VhostUserDaemon<Arc<Self>>) -> io::Result<()> {
         for (index, handler) in daemon.get_epoll_handlers().iter().enumerate() {
             let (Some(queue), Some(worker)) = (self.queues.get(index), self.workers.get(index)) else {
                 break;
             };
             handler.register_listener(queue.bell.fd(), EventSet::IN, self.bell_event())?;
-            let ring = lock(worker).ring().as_fd().as_raw_fd();
+            let worker = lock(worker);
+            let ring = worker.ring().as_fd().as_raw_fd();
             handler.register_listener(ring, EventSet::IN, self.bell_event() + 1)?;
+            handler.register_listener(worker.timer(), EventSet::IN, self.bell_event() + 2)?;
         }
         Ok(())
     }

@@ -5,6 +5,8 @@
 //!              │                                                                   │
 //!              └── Pending: deferred, asked again when the bell rings ◀────────────┘
 //! ```
+//! A change that the host could not carry out ends as *stalled* where the disk's policy parks it: the worker takes it
+//! out of its slot, and begins it anew later.
 //!
 //! How a piece's bytes move depends on the file:
 //! - without a descriptor, or where `O_DIRECT` would not take the guest's buffer: through a bounce buffer, at once;
@@ -25,7 +27,7 @@ use hostio::{Completion, Ring};
 use vm_memory::GuestAddress;
 
 use crate::cache::CacheMode;
-use crate::complaint::Complaints;
+use crate::errors::Errors;
 use crate::guest::GuestBuffer;
 use crate::request::{Op, Status};
 
@@ -47,6 +49,8 @@ pub(crate) struct Slot {
     pub(crate) status: Status,
     /// Bytes written to the chain's data.
     pub(crate) written: u32,
+    /// How often it was tried after it had been parked.
+    pub(crate) tries: u32,
     extents: Vec<Extent>,
     pieces: Vec<Piece>,
     /// Operations in the ring.
@@ -75,6 +79,15 @@ impl Slot {
         self.pieces.clear();
         (self.op, self.failed, self.guard, self.flush) = (None, None, None, None);
         self.syncs.clear();
+        self.tries = 0;
+    }
+
+    /// Lets go of everything of the disk's, so that the request can be begun anew, and nobody waits for it meanwhile.
+    pub(crate) fn park(&mut self) {
+        debug_assert_eq!(self.pending, 0, "the kernel still has operations on this buffer");
+        self.buffer.rewind();
+        (self.extents, self.pieces, self.syncs) = (Vec::new(), Vec::new(), Vec::new());
+        (self.failed, self.guard, self.flush) = (None, None, None);
     }
 
     fn fail(&mut self, error: Error) {
@@ -91,11 +104,13 @@ pub(crate) struct Engine {
     /// Rings the worker's bell.
     waker: Waker,
     scratch: Box<[u8]>,
-    complaints: Complaints,
+    errors: Errors,
     /// Slots that wait for the bell, in the order in which they began.
     deferred: Vec<u16>,
     /// Slots that have ended, and whose used ring entries are to be written.
     pub(crate) finished: Vec<u16>,
+    /// Slots of requests to be parked, and why.
+    pub(crate) stalled: Vec<(u16, ErrorKind)>,
 }
 
 impl Engine {
@@ -105,7 +120,7 @@ impl Engine {
         cache: Arc<CacheMode>,
         ring: Ring,
         waker: Waker,
-        complaints: Complaints,
+        errors: Errors,
     ) -> Self {
         Self {
             disk,
@@ -114,9 +129,10 @@ impl Engine {
             ring,
             waker,
             scratch: vec![0; SCRATCH].into_boxed_slice(),
-            complaints,
+            errors,
             deferred: Vec::new(),
             finished: Vec::new(),
+            stalled: Vec::new(),
         }
     }
 
@@ -337,8 +353,11 @@ impl Engine {
     fn step_flush(&mut self, index: u16, slot: &mut Slot, mut last: Result<()>) {
         loop {
             let Some(flush) = &mut slot.flush else { return };
+            // After a failed sync no later one could be trusted, so none is tried.
+            let lost = last.is_err();
             match flush.step(last, &self.waker) {
                 Poll::Pending => return self.deferred.push(index),
+                Poll::Ready(Err(error)) if lost => return self.report(index, slot, &error),
                 Poll::Ready(Err(error)) => return self.fail(index, slot, error),
                 Poll::Ready(Ok(FlushStep::Done)) => return self.finish(index, slot, Status::Ok),
                 Poll::Ready(Ok(FlushStep::Sync(storages))) => slot.syncs = storages,
@@ -376,8 +395,20 @@ impl Engine {
         }
     }
 
+    /// The request failed: it is answered or parked.
     fn fail(&mut self, index: u16, slot: &mut Slot, error: Error) {
-        self.complaints.request_failed(slot.op.as_ref(), &error);
+        if self.errors.parks(slot.op.as_ref(), &error) {
+            if slot.tries == 0 {
+                self.errors.parked(slot.op.as_ref(), &error);
+            }
+            self.stalled.push((index, error.kind()));
+        } else {
+            self.report(index, slot, &error);
+        }
+    }
+
+    fn report(&mut self, index: u16, slot: &mut Slot, error: &Error) {
+        self.errors.reported(slot.op.as_ref(), error);
         let status = match error.kind() {
             ErrorKind::Unsupported => Status::Unsupported,
             _ => Status::IoError,
@@ -385,7 +416,7 @@ impl Engine {
         self.finish(index, slot, status);
     }
 
-    fn finish(&mut self, index: u16, slot: &mut Slot, status: Status) {
+    pub(crate) fn finish(&mut self, index: u16, slot: &mut Slot, status: Status) {
         slot.status = status;
         if status != Status::Ok {
             slot.written = 0;

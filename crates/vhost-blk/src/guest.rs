@@ -39,6 +39,8 @@ pub(crate) struct Segment {
 #[derive(Debug, Default)]
 pub(crate) struct GuestBuffer {
     iovecs: Vec<iovec>,
+    /// Bytes that [`advance`](GuestBuffer::advance) took off the front of an iovec, by its index.
+    taken: Vec<(usize, usize)>,
     hold: Option<Hold>,
 }
 
@@ -49,6 +51,7 @@ impl GuestBuffer {
     /// Lets go of the memory. The caller has taken the completions of everything it submitted.
     pub(crate) fn clear(&mut self) {
         self.iovecs.clear();
+        self.taken.clear();
         self.hold = None;
     }
 
@@ -101,16 +104,29 @@ impl GuestBuffer {
         let mut left = usize::try_from(done).unwrap_or(usize::MAX);
         let mut start = range.start;
         for found in self.iovecs.get_mut(range.clone()).unwrap_or_default() {
-            let step = left.min(found.iov_len);
-            found.iov_base = found.iov_base.wrapping_byte_add(step);
-            found.iov_len -= step;
-            left -= step;
-            if found.iov_len > 0 {
+            if left < found.iov_len {
+                if left > 0 {
+                    found.iov_base = found.iov_base.wrapping_byte_add(left);
+                    found.iov_len -= left;
+                    self.taken.push((start, left));
+                }
                 break;
             }
+            left -= found.iov_len;
             start += 1;
         }
         start..range.end
+    }
+
+    /// Undoes every [`advance`](Self::advance), so that all of it can be moved again. Nothing of it is in the kernel's
+    /// hands.
+    pub(crate) fn rewind(&mut self) {
+        for (index, bytes) in self.taken.drain(..) {
+            if let Some(found) = self.iovecs.get_mut(index) {
+                found.iov_base = found.iov_base.wrapping_byte_sub(bytes);
+                found.iov_len += bytes;
+            }
+        }
     }
 
     /// Whether `O_DIRECT` takes the iovecs of `range` as they are.

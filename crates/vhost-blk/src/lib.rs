@@ -26,14 +26,17 @@
 //! - A request is counted in flight, at the gate and at its queue, from before it is popped until its used ring entry
 //!   is written.
 //! - GET_VRING_BASE is answered, and memory is unmapped after a session, only when nothing of it is in flight. Both
-//!   wait for requests alone, never for the gate.
+//!   wait for requests alone, never for the gate, and not for parked ones: those end with an error then.
+//! - A parked request (see [`block::Parking`]) is in flight for its queue, but not for the gate.
 
 mod cache;
 mod complaint;
 mod config;
 mod device;
 mod engine;
+mod errors;
 mod guest;
+mod lot;
 mod patience;
 mod request;
 mod server;
@@ -41,4 +44,5 @@ mod vring;
 mod wake;
 mod worker;
 
+pub use errors::{IoFailure, OnFailure};
 pub use server::{DeviceConfig, Server, SessionEvent};

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use block::{Context, Disk, Error, ErrorKind, Gate, Pulse, Result};
+use block::{Context, Disk, Error, ErrorKind, Gate, Parking, Pulse, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
@@ -18,6 +18,7 @@ use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
 use crate::cache::CacheMode;
 use crate::device::Device;
 use crate::engine::ID_LEN;
+use crate::errors::OnFailure;
 use crate::guest::Memory;
 use crate::vring::SharedMemory;
 
@@ -52,6 +53,10 @@ pub struct DeviceConfig {
     pub gate: Arc<Gate>,
     /// What tells how long the disk's requests take. The workers of every session feed it.
     pub pulse: Arc<Pulse>,
+    /// What becomes of changes that the host can not carry out, and which of them wait.
+    pub parking: Arc<Parking>,
+    /// Told of requests that the host could not carry out.
+    pub on_failure: OnFailure,
     /// Told of sessions, from the session's thread: it delays the next one while it runs.
     pub on_session: Box<dyn Fn(SessionEvent) + Send + Sync>,
 }

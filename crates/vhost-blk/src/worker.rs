@@ -5,25 +5,30 @@
 //!   ┌─▶ reap completions ─▶ ask deferred again ─▶ pop requests ─▶ begin them ─▶ submit ─▶ publish ─┐
 //!   └──────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
+//! What the host can not carry out leaves its slot for the [`Lot`], and takes one again when it is tried anew.
+//!
 //! Before it rests it looks at the ring a little longer, as long as that pays (see [`Patience`]), and then asks the
 //! driver to kick. The vring's lock is held while popping and while publishing, never over I/O, so that the session's messages are
 //! answered meanwhile.
 
 use std::num::Wrapping;
+use std::os::fd::RawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use block::{Beat, Disk, Gate, Lane, Pulse, Result};
+use block::{Beat, Disk, Gate, Lane, Parking, Pulse, Result};
 use hostio::Ring;
-use vhost_user_backend::VringT;
+use vhost_user_backend::{VringState, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddressSpace, Permissions};
 
 use crate::cache::CacheMode;
 use crate::complaint::Complaints;
 use crate::engine::{Engine, ID_LEN, Slot};
+use crate::errors::{Errors, OnFailure};
 use crate::guest::{Hold, Memory};
+use crate::lot::Lot;
 use crate::patience::Patience;
 use crate::request::{Op, Request, Segments, Status};
 use crate::vring::{SharedMemory, Vring};
@@ -31,6 +36,9 @@ use crate::wake::Bell;
 
 /// Requests in flight of one queue. What a driver offers beyond them waits in its ring.
 const SLOTS: u16 = 256;
+
+/// No slot's number: of requests that end outside of one.
+const NO_SLOT: u16 = SLOTS;
 
 /// Requests popped at a time; the ones in a batch are answered together.
 const BATCH: usize = 32;
@@ -69,10 +77,14 @@ impl QueueState {
     }
 
     /// Waits until what was popped has been answered. The caller has made sure that no more is popped: the vring is
-    /// not ready. Requests in flight always end, so this does too, also while the gate is closed.
+    /// not ready. Requests in flight always end, so this does too, also while the gate is closed: those that are parked
+    /// are answered with an error.
     pub(crate) fn wait_idle(&self) {
         // Before the look at what is in flight: either this sees it at zero, or who brings it there sees this.
         self.waiting.fetch_add(1, Ordering::SeqCst);
+        if self.in_flight.load(Ordering::SeqCst) != 0 {
+            self.bell.ring();
+        }
         let mut closed = self.lock();
         while self.in_flight.load(Ordering::SeqCst) != 0 {
             closed = self.idle.wait(closed).unwrap_or_else(PoisonError::into_inner);
@@ -102,6 +114,11 @@ impl QueueState {
         self.closing.load(Ordering::SeqCst)
     }
 
+    /// Whether somebody waits for what is in flight, so that nothing may stay parked.
+    fn is_stopping(&self) -> bool {
+        self.is_closing() || self.waiting.load(Ordering::SeqCst) != 0
+    }
+
     fn answered(&self, count: usize) {
         let left = self.in_flight.fetch_sub(count, Ordering::SeqCst) - count;
         if left == 0 && self.waiting.load(Ordering::SeqCst) != 0 {
@@ -127,6 +144,8 @@ pub(crate) struct Parts {
     pub(crate) serial: [u8; ID_LEN],
     pub(crate) gate: Arc<Gate>,
     pub(crate) pulse: Arc<Pulse>,
+    pub(crate) parking: Arc<Parking>,
+    pub(crate) on_failure: OnFailure,
     pub(crate) cache: Arc<CacheMode>,
     pub(crate) memory: SharedMemory,
     pub(crate) state: Arc<QueueState>,
@@ -156,6 +175,7 @@ pub(crate) struct Worker {
     patience: Patience,
     lane: Lane,
     beat: Beat,
+    lot: Lot,
     state: Arc<QueueState>,
     memory: SharedMemory,
     hold: Hold,
@@ -166,6 +186,7 @@ impl Worker {
     pub(crate) fn new(parts: Parts) -> Result<Self> {
         let waker = std::task::Waker::from(Arc::clone(&parts.state.bell));
         let complaints = || Complaints::new(parts.name.clone(), parts.queue);
+        let errors = Errors::new(parts.parking.policy(), complaints(), parts.on_failure);
         Ok(Self {
             engine: Engine::new(
                 parts.disk,
@@ -173,13 +194,14 @@ impl Worker {
                 parts.cache,
                 Ring::new(RING_ENTRIES)?,
                 waker.clone(),
-                complaints(),
+                errors,
             ),
             slots: (0..SLOTS).map(|_| Slot::default()).collect(),
             free: (0..SLOTS).rev().collect(),
             popped: Vec::with_capacity(BATCH),
             segments: Segments::default(),
             patience: Patience::default(),
+            lot: Lot::new(parts.parking.bay(waker.clone()))?,
             lane: parts.gate.lane(waker),
             beat: parts.pulse.beat(),
             hold: Arc::new(parts.memory.memory().into_inner()),
@@ -187,6 +209,11 @@ impl Worker {
             complaints: complaints(),
             state: parts.state,
         })
+    }
+
+    /// The timer of what is parked, to be watched.
+    pub(crate) fn timer(&self) -> RawFd {
+        self.lot.timer()
     }
 
     /// The io_uring, to be watched for completions.
@@ -204,12 +231,14 @@ impl Worker {
             if woken {
                 self.engine.retry(&mut self.slots);
             }
+            busy |= self.lot.len() > 0 && self.unpark(vring);
             let popped = self.pop(vring);
             self.begin();
             if let Err(error) = self.engine.submit() {
                 self.complaints.ring("could not submit, trying again", &error);
                 self.state.bell.ring();
             }
+            self.park();
             busy |= self.publish(vring) || popped == Popped::Some;
             if !busy && (popped == Popped::Blocked || !(self.linger(vring) || self.rearm(vring))) {
                 self.beat.rest();
@@ -303,23 +332,14 @@ impl Worker {
         let count = self.engine.finished.len();
         {
             let mut vring = vring.get_mut();
-            let queue = vring.get_queue_mut();
-            let memory: &Memory = &self.hold;
-            for &index in &self.engine.finished {
-                let Some(slot) = self.slots.get(usize::from(index)) else { continue };
-                let len = write_status(slot);
-                if let Err(error) = queue.add_used(memory, slot.head, len) {
-                    self.complaints.ring("could not write to the used ring", &error);
-                }
-            }
-            if queue.needs_notification(memory).unwrap_or(true)
-                && let Err(error) = vring.signal_used_queue()
-            {
-                self.complaints.ring("could not call the driver", &error);
-            }
+            let ended = self.engine.finished.iter().filter_map(|index| self.slots.get(usize::from(*index)));
+            answer(&mut vring, &self.hold, ended, &mut self.complaints);
         }
         for index in self.engine.finished.drain(..) {
             if let Some(slot) = self.slots.get_mut(usize::from(index)) {
+                if slot.tries > 0 && self.lot.ended() {
+                    self.complaints.parked_no_more();
+                }
                 slot.clear();
             }
             self.beat.ended(index);
@@ -330,11 +350,60 @@ impl Worker {
         true
     }
 
-    /// Looks at the ring a little longer; `true` if there is something to do. Not with requests in flight, for then
+    /// Takes the requests out of their slots that are to be parked. They are outside of the gate then.
+    fn park(&mut self) {
+        for (index, kind) in std::mem::take(&mut self.engine.stalled) {
+            let Some(slot) = self.slots.get_mut(usize::from(index)) else { continue };
+            if self.state.is_stopping() || self.lot.is_full() {
+                self.engine.finish(index, slot, Status::IoError);
+                continue;
+            }
+            self.lot.add(std::mem::take(slot), kind);
+            self.beat.untime(index);
+            self.free.push(index);
+            self.lane.leave(1);
+        }
+    }
+
+    /// Begins what is parked anew if it is time to, as far as the gate and the slots allow; `false` if there was nothing
+    /// to do. Whoever changes what the gate or the slots forbid wakes the worker.
+    fn unpark(&mut self, vring: &Vring) -> bool {
+        if self.state.is_stopping() {
+            self.give_up(vring);
+            return true;
+        }
+        let mut any = false;
+        while self.lot.is_due() && !self.free.is_empty() && self.lane.enter() {
+            let (Some(slot), Some(index)) = (self.lot.take(), self.free.pop()) else { break };
+            if let Some(place) = self.slots.get_mut(usize::from(index)) {
+                *place = slot;
+                self.engine.begin(index, place);
+            }
+            any = true;
+        }
+        any
+    }
+
+    /// Answers what is parked with an error, for its ring is being stopped.
+    fn give_up(&mut self, vring: &Vring) {
+        let mut all = self.lot.empty();
+        for slot in &mut all {
+            (slot.status, slot.written) = (Status::IoError, 0);
+            self.beat.ended(NO_SLOT);
+        }
+        tracing::warn!(
+            requests = all.len(),
+            "requests that waited for the host end with an error: their ring stops"
+        );
+        answer(&mut vring.get_mut(), &self.hold, all.iter(), &mut self.complaints);
+        self.state.answered(all.len());
+    }
+
+    /// Looks at the ring a little longer; `true` if there is something to do. Not with requests in the engine, for then
     /// the io_uring wakes the worker anyway.
     fn linger(&mut self, vring: &Vring) -> bool {
-        let Self { patience, state, hold, .. } = self;
-        state.in_flight.load(Ordering::SeqCst) == 0
+        let Self { patience, state, hold, lot, .. } = self;
+        state.in_flight.load(Ordering::SeqCst) == lot.len()
             && patience.wait(|| {
                 let vring = vring.get_ref();
                 let queue = vring.get_queue();
@@ -357,6 +426,27 @@ impl Worker {
             self.complaints.ring("could not ask for kicks", &error);
             false
         })
+    }
+}
+
+/// Writes the used ring entries of these requests, and calls the driver if it wants to be.
+fn answer<'a>(
+    vring: &mut MutexGuard<'_, VringState<SharedMemory>>,
+    memory: &Memory,
+    ended: impl Iterator<Item = &'a Slot>,
+    complaints: &mut Complaints,
+) {
+    let queue = vring.get_queue_mut();
+    for slot in ended {
+        let len = write_status(slot);
+        if let Err(error) = queue.add_used(memory, slot.head, len) {
+            complaints.ring("could not write to the used ring", &error);
+        }
+    }
+    if queue.needs_notification(memory).unwrap_or(true)
+        && let Err(error) = vring.signal_used_queue()
+    {
+        complaints.ring("could not call the driver", &error);
     }
 }
 

@@ -1,8 +1,9 @@
-//! Disks that are full: the guest's writes fail, nothing else does, and once there is room again they succeed.
+//! Disks that are full: the guest's writes fail, or wait, nothing else does, and once there is room again they succeed.
 
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use control::client::Client;
 use frazil_tests::{Driver, Request};
@@ -90,6 +91,73 @@ fn drill(mut served: Served, fill: impl FnOnce(&Served), free: impl FnOnce(&Serv
     same(&export, &layers.last().unwrap().0, "qcow2");
 }
 
+/// What `query-block` says of the disk's requests.
+fn io_status(served: &Served) -> String {
+    served.ask("query-block", json!({}))[0]["io-status"].as_str().unwrap().to_owned()
+}
+
+/// Runs out of room by `fill`, with writes in flight that then wait, and gets it back by `free`.
+fn wait_for_room(mut served: Served, fill: impl FnOnce(&Served), free: impl FnOnce(&Served)) {
+    const WRITES: usize = 32;
+    let clock = Clock::new();
+    served.snapshot("before", &clock);
+    let mut driver = Driver::connect(&served.sockets[0], 1, WRITES + 1, BLOCK as usize).unwrap();
+    let queue = &mut driver.queues[0];
+    assert_eq!(queue.ask(Request::Write(0)), 0);
+    assert_eq!(queue.ask(Request::Flush), 0);
+    let mut events = served.qmp();
+    fill(&served);
+    for index in 0..WRITES {
+        queue.fill(index, &[index as u8 + 1; BLOCK as usize]);
+        queue.queue(index, Request::Write((CLUSTERS - 1 - index as u64) * CLUSTER)).unwrap();
+    }
+    queue.kick().unwrap();
+    let mut back = Vec::new();
+    while io_status(&served) == "ok" || queue.in_flight() == WRITES {
+        queue.wait_for(&mut back, Duration::from_millis(50)).unwrap();
+        if io_status(&served) == "nospace" {
+            break;
+        }
+    }
+    let waiting = queue.in_flight();
+    assert!(waiting > 0 && back.iter().all(|(_, status)| *status == 0), "{back:?}");
+    let mut told = Vec::new();
+    events
+        .execute("query-status", json!({}), |event, data| told.push((event.to_owned(), data.clone())))
+        .unwrap();
+    let (event, data) = told.iter().find(|(event, _)| event == "BLOCK_IO_ERROR").unwrap();
+    let expected = json!({ "device": "vd0", "operation": "write", "action": "stop", "nospace": true });
+    let expected = expected.as_object().unwrap();
+    assert!(expected.iter().all(|(key, value)| data[key] == *value), "{event} {data}");
+    // Reads go on, and whether a snapshot is taken or not, nothing waits for the room.
+    queue.queue(WRITES, Request::Read(0)).unwrap();
+    queue.kick().unwrap();
+    let before = back.len();
+    while back.len() == before {
+        queue.wait_for(&mut back, Duration::from_millis(50)).unwrap();
+    }
+    assert_eq!(back.last(), Some(&(WRITES, 0)));
+    let taken = served.qmp().execute("snapshot-create", json!({ "name": "full" }), |_, _| {}).is_ok();
+    assert_eq!(served.names().contains(&"full".to_owned()), taken);
+
+    free(&served);
+    served.ask("cont", json!({}));
+    while queue.in_flight() > 0 {
+        queue.wait_for(&mut back, Duration::from_millis(50)).unwrap();
+    }
+    assert!(back.iter().all(|(_, status)| *status == 0), "{back:?}");
+    for index in 0..WRITES {
+        assert_eq!(queue.ask(Request::Read((CLUSTERS - 1 - index as u64) * CLUSTER)), 0);
+        assert!(queue.bytes(0) == [index as u8 + 1; BLOCK as usize], "write {index}");
+    }
+    assert_eq!(queue.ask(Request::Flush), 0);
+    assert_eq!(io_status(&served), "ok");
+    drop(driver);
+    served.stop();
+    let layers = served.layers("vd0");
+    layers.iter().filter(|(_, format)| format == "qcow2").for_each(|(path, _)| check_sound(path));
+}
+
 /// No file may become longer: as on a full disk, and needs no privilege.
 fn limit(served: &Served, bytes: Option<u64>) {
     let limit = Rlimit { current: bytes, maximum: None };
@@ -99,9 +167,23 @@ fn limit(served: &Served, bytes: Option<u64>) {
 #[test]
 fn files_that_may_not_grow_fail_writes_and_nothing_else() {
     for format in ["raw", "qcow2"] {
-        let served = Served::start(wanted(format));
+        let served = Served::start_in(in_memory(), wanted(format), ",werror=report");
         drill(served, |served| limit(served, Some(20 * CLUSTER)), |served| limit(served, None));
     }
+}
+
+#[test]
+fn files_that_may_not_grow_make_writes_wait_and_nothing_else() {
+    for format in ["raw", "qcow2"] {
+        let served = Served::start_in(in_memory(), wanted(format), "");
+        wait_for_room(served, |served| limit(served, Some(20 * CLUSTER)), |served| limit(served, None));
+    }
+}
+
+fn in_memory() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    tempfile::tempdir_in(if memory.is_dir() { memory } else { Path::new(env!("CARGO_TARGET_TMPDIR")) })
+        .unwrap()
 }
 
 /// A small file system of its own; it is unmounted when this is dropped.
@@ -136,8 +218,20 @@ fn fill(filler: &Path) {
 fn a_full_file_system_fails_writes_and_nothing_else() {
     let mount = Mount::new();
     for format in ["raw", "qcow2"] {
-        let served = Served::start_in(tempfile::tempdir_in(mount.0.path()).unwrap(), wanted(format));
+        let folder = tempfile::tempdir_in(mount.0.path()).unwrap();
+        let served = Served::start_in(folder, wanted(format), ",werror=report");
         let filler = mount.0.path().join("filler");
         drill(served, |_| fill(&filler), |_| std::fs::remove_file(&filler).unwrap());
+    }
+}
+
+#[test]
+#[ignore = "needs root, to mount a tmpfs"]
+fn a_full_file_system_makes_writes_wait_and_nothing_else() {
+    let mount = Mount::new();
+    for format in ["raw", "qcow2"] {
+        let served = Served::start_in(tempfile::tempdir_in(mount.0.path()).unwrap(), wanted(format), "");
+        let filler = mount.0.path().join("filler");
+        wait_for_room(served, |_| fill(&filler), |_| std::fs::remove_file(&filler).unwrap());
     }
 }

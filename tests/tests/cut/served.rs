@@ -46,10 +46,11 @@ impl Served {
         let memory = Path::new("/dev/shm");
         let on_disk = wanted.cache == "none" || !memory.is_dir();
         let place = if on_disk { Path::new(env!("CARGO_TARGET_TMPDIR")) } else { memory };
-        Self::start_in(tempfile::tempdir_in(place).unwrap(), wanted)
+        Self::start_in(tempfile::tempdir_in(place).unwrap(), wanted, "")
     }
 
-    pub(crate) fn start_in(folder: tempfile::TempDir, wanted: Wanted) -> Self {
+    /// In this folder, its disks with more `keys`: `,key=value…`.
+    pub(crate) fn start_in(folder: tempfile::TempDir, wanted: Wanted, keys: &str) -> Self {
         let mut served = Self { wanted, arguments: Vec::new(), child: None, sockets: Vec::new(), folder };
         let (state, control) = (served.path("state"), served.path("control"));
         let words = ["serve", "--state", text(&state), "--control", text(&control), "--freeze", "never"];
@@ -63,8 +64,9 @@ impl Served {
             let socket = served.path(&socket);
             let Wanted { format, cache, queues, .. } = wanted;
             let (path, at) = (base.display(), socket.display());
-            let words =
-                format!("id=vd{disk},path={path},format={format},cache={cache},socket={at},queues={queues}");
+            let words = format!(
+                "id=vd{disk},path={path},format={format},cache={cache},socket={at},queues={queues}{keys}"
+            );
             served.arguments.extend(["--disk".to_owned(), words]);
             served.sockets.push(socket);
         }

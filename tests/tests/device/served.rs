@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use block::testing::{FaultStorage, MemStorage};
-use block::{Disk, Gate, Pulse, RawDisk, Storage};
+use block::{Disk, Gate, Parking, Pulse, RawDisk, Storage, WriteErrors};
 use hostio::{Cache, HostFile};
-use vhost_blk::{DeviceConfig, Server, SessionEvent};
+use vhost_blk::{DeviceConfig, IoFailure, Server, SessionEvent};
 
 pub(crate) const MIB: usize = 1 << 20;
 
@@ -16,6 +17,9 @@ pub(crate) struct Served {
     pub(crate) server: Server,
     pub(crate) gate: Arc<Gate>,
     pub(crate) pulse: Arc<Pulse>,
+    pub(crate) parking: Arc<Parking>,
+    /// Requests that the host could not carry out.
+    pub(crate) failures: Receiver<IoFailure>,
     pub(crate) socket: PathBuf,
     /// How often front-ends have come and gone.
     pub(crate) sessions: Arc<AtomicUsize>,
@@ -24,6 +28,12 @@ pub(crate) struct Served {
 
 impl Served {
     pub(crate) fn disk(disk: Arc<dyn Disk>, queues: u16) -> Self {
+        Self::with(disk, queues, WriteErrors::Report)
+    }
+
+    /// One whose failed writes are treated so.
+    pub(crate) fn with(disk: Arc<dyn Disk>, queues: u16, write_errors: WriteErrors) -> Self {
+        let (parking, (sender, failures)) = (Arc::new(Parking::new(write_errors)), channel());
         let folder = tempfile::tempdir().unwrap();
         let (socket, gate) = (folder.path().join("vda.sock"), Arc::new(Gate::default()));
         let (pulse, sessions) = (Arc::<Pulse>::default(), Arc::new(AtomicUsize::new(0)));
@@ -36,13 +46,15 @@ impl Served {
             disk,
             gate: Arc::clone(&gate),
             pulse: Arc::clone(&pulse),
+            parking: Arc::clone(&parking),
+            on_failure: Arc::new(move |failure| drop(sender.send(failure))),
             on_session: Box::new(move |event| {
                 if event == SessionEvent::Disconnected {
                     count.fetch_add(1, Ordering::SeqCst);
                 }
             }),
         });
-        Self { server: server.unwrap(), gate, pulse, socket, sessions, folder }
+        Self { server: server.unwrap(), gate, pulse, parking, failures, socket, sessions, folder }
     }
 
     /// A raw disk of `len` bytes in memory that fails on demand.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use snapshot::{Event, Step};
+use snapshot::{ErrorAction, Event, IoOperation, Step};
 use time::OffsetDateTime;
 
 use super::*;
@@ -105,6 +105,7 @@ fn what_commands_return_is_what_is_documented() {
         ("query-commands", json!({})),
         ("query-name", json!({})),
         ("query-status", json!({})),
+        ("cont", json!({})),
         ("query-block", json!({})),
         ("query-named-block-nodes", json!({})),
         ("query-frazil", json!({})),
@@ -149,6 +150,13 @@ fn the_events_and_their_data_are_the_documented_ones() {
         Event::ThawOwed { tries: 1, reason: "no agent".into() },
         Event::ThawConfirmed { count: 2 },
         Event::SpaceLow { path: PathBuf::from("/state"), free: 1 },
+        Event::IoError {
+            device: "vda".into(),
+            operation: IoOperation::Write,
+            action: ErrorAction::Stop,
+            nospace: true,
+            reason: "no storage space".into(),
+        },
     ];
     let steps = [
         Step::Prepare,
@@ -170,7 +178,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
         match event {
             Event::Step { .. } | Event::Created { .. } | Event::Sealed { .. } | Event::Failed { .. } => {}
             Event::Stall { .. } | Event::ThawOwed { .. } | Event::ThawConfirmed { .. } => {}
-            Event::SpaceLow { .. } => {}
+            Event::SpaceLow { .. } | Event::IoError { .. } => {}
         }
         seen.insert(event.name().to_owned(), ());
         members(&documented[event.name()]["data"], &json!(event), event.name());

@@ -1,5 +1,6 @@
 //! Answers as people read them.
 
+use block::IoStatus;
 use comfy_table::{CellAlignment, Table, presets};
 use control::DaemonStatus;
 use serde::{Deserialize, Serialize};
@@ -129,6 +130,11 @@ pub(super) fn status(status: &Status) -> String {
         ("snapshots", daemon.snapshots.to_string()),
     ];
     facts.extend(daemon.prepared.iter().map(|name| ("prepared", format!("{name}, waits for its release"))));
+    let waiting = disks.iter().filter(|disk| disk.parked > 0).map(|disk| {
+        let why = if disk.io_status == IoStatus::NoSpace { "room on the host" } else { "the host" };
+        ("waiting", format!("{} requests of disk {} wait for {why}", disk.parked, disk.id))
+    });
+    facts.extend(waiting);
     let rows = disks.iter().map(|disk| {
         let active = disk.layers.last();
         vec![

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use block::WriteErrors;
 use hostio::Cache;
 use snapshot::ImageFormat;
 
@@ -10,7 +11,7 @@ use super::{Mistake, Word};
 
 /// The keys of a disk, in the order in which people write them.
 pub(crate) const KEYS: &[&str] =
-    &["id", "path", "format", "socket", "queues", "serial", "readonly", "cache", "metadata-cache"];
+    &["id", "path", "format", "socket", "queues", "serial", "readonly", "cache", "metadata-cache", "werror"];
 
 /// As many as one framework's worker mask has bits (`VhostUserBackend::queues_per_thread`).
 pub(crate) const MAX_QUEUES: u16 = 64;
@@ -40,6 +41,8 @@ pub(crate) struct DiskConfig {
     pub(crate) cache: Cache,
     /// Bytes of memory for what is known of where the disk's bytes are.
     pub(crate) metadata_cache: u64,
+    /// What becomes of the guest's changes that the host can not carry out.
+    pub(crate) werror: WriteErrors,
 }
 
 /// Parses the value of `--disk`; a comma inside a value is written as two, as QEMU does.
@@ -91,6 +94,9 @@ pub(super) fn from_pairs(pairs: Vec<(String, String)>) -> Result<DiskConfig, Mis
         metadata_cache: given
             .optional("metadata-cache")
             .map_or(Ok(snapshot::DEFAULT_METADATA_CACHE), |value| size("metadata-cache", &value))?,
+        werror: given
+            .optional("werror")
+            .map_or(Ok(WriteErrors::default()), |value| WriteErrors::from_word("werror", &value))?,
         id,
         serial,
     })

@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use block::WriteErrors;
 use hostio::Cache;
 use snapshot::{FreezeOwner, FreezePolicy, ImageFormat};
 
@@ -20,6 +21,7 @@ fn the_least_disk_has_defaults_for_the_rest() {
         readonly: false,
         cache: Cache::Writeback,
         metadata_cache: 64 << 20,
+        werror: WriteErrors::Enospc,
     };
     assert_eq!(disk, expected);
 }
@@ -27,7 +29,7 @@ fn the_least_disk_has_defaults_for_the_rest() {
 #[test]
 fn every_key_of_a_disk_is_taken_in_any_order() {
     let disk = parse_disk(
-        "cache=none,metadata-cache=3G,readonly=on,serial=S 1,queues=4,socket=s,format=qcow2,path=p,id=vdb",
+        "werror=stop,cache=none,metadata-cache=3G,readonly=on,serial=S 1,queues=4,socket=s,format=qcow2,path=p,id=vdb",
     )
     .unwrap();
     let expected = DiskConfig {
@@ -40,6 +42,7 @@ fn every_key_of_a_disk_is_taken_in_any_order() {
         readonly: true,
         cache: Cache::None,
         metadata_cache: 3 << 30,
+        werror: WriteErrors::Stop,
     };
     assert_eq!(disk, expected);
 }
@@ -71,6 +74,7 @@ fn a_mistake_in_a_disk_names_the_key_and_the_way_out() {
         ("readonly=yes", "key `readonly` can not be `yes`; it is one of on, off"),
         ("queues=0", "key `queues` can not be `0`; it is a number from 1 to 64"),
         ("queues=65", "key `queues` can not be `65`; it is a number from 1 to 64"),
+        ("werror=ignore", "key `werror` can not be `ignore`; it is one of report, enospc, stop"),
         ("cache=unsafe", "key `cache` can not be `unsafe`; it is one of writeback, none"),
         (
             "metadata-cache=64",
@@ -83,7 +87,8 @@ fn a_mistake_in_a_disk_names_the_key_and_the_way_out() {
         ("id=vdb", "key `id` is given twice; give it once"),
         (
             "size=1G",
-            "unknown key `size`; the keys are id, path, format, socket, queues, serial, readonly, cache, metadata-cache",
+            "unknown key `size`; the keys are id, path, format, socket, queues, serial, readonly, cache, metadata-cache, \
+             werror",
         ),
         (
             "serial=123456789012345678901",

@@ -1,5 +1,6 @@
 //! The words that values can be: one list for the flags, the `--disk` keys and the configuration file.
 
+use block::WriteErrors;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use hostio::Cache;
 use snapshot::{FreezeOwner, FreezePolicy, ImageFormat};
@@ -44,6 +45,11 @@ impl Word for ImageFormat {
 
 impl Word for Cache {
     const WORDS: &'static [(&'static str, Self)] = &[("writeback", Self::Writeback), ("none", Self::None)];
+}
+
+impl Word for WriteErrors {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("report", Self::Report), ("enospc", Self::Enospc), ("stop", Self::Stop)];
 }
 
 impl Word for bool {

@@ -23,9 +23,11 @@ use guest_agent::Agent;
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
-use snapshot::{Chain, DiskConfig, FreezeDefaults, FreezeOwner, Guest, Manager};
+use snapshot::{
+    Chain, DiskConfig, ErrorAction, Event, FreezeDefaults, FreezeOwner, Guest, IoOperation, Manager,
+};
 use tracing::{info, warn};
-use vhost_blk::{DeviceConfig, Server, SessionEvent};
+use vhost_blk::{DeviceConfig, OnFailure, Server, SessionEvent};
 
 use crate::config::{self, Config};
 use guest::AgentGuest;
@@ -85,10 +87,11 @@ fn disk_config(disk: &config::DiskConfig) -> DiskConfig {
         read_only: disk.readonly,
         cache: disk.cache,
         metadata_cache: disk.metadata_cache,
+        write_errors: disk.werror,
     }
 }
 
-fn start_device(manager: &Manager, disk: &config::DiskConfig) -> Result<Server> {
+fn start_device(manager: &Arc<Manager>, disk: &config::DiskConfig) -> Result<Server> {
     let chain: &Arc<Chain> = manager.chain(&disk.id)?;
     let told = Arc::clone(chain);
     let config = DeviceConfig {
@@ -99,9 +102,24 @@ fn start_device(manager: &Manager, disk: &config::DiskConfig) -> Result<Server> 
         disk: Arc::clone(chain) as Arc<dyn Disk>,
         gate: Arc::clone(chain.gate()),
         pulse: Arc::clone(chain.pulse()),
+        parking: Arc::clone(chain.parking()),
+        on_failure: tell_failures(Arc::clone(manager), disk.id.clone()),
         on_session: Box::new(move |event| told.set_connected(event == SessionEvent::Connected)),
     };
     Server::start(config).context(|| format!("serve disk {} at {}", disk.id, disk.socket.display()))
+}
+
+/// Makes events of the requests that the host could not carry out.
+fn tell_failures(manager: Arc<Manager>, device: String) -> OnFailure {
+    Arc::new(move |failure| {
+        manager.tell(Event::IoError {
+            device: device.clone(),
+            operation: if failure.write { IoOperation::Write } else { IoOperation::Read },
+            action: if failure.parked { ErrorAction::Stop } else { ErrorAction::Report },
+            nospace: failure.no_space,
+            reason: failure.reason,
+        });
+    })
 }
 
 fn watch_signals(stop: Sender<Stop>) -> io::Result<()> {

@@ -95,6 +95,10 @@ impl Service for Daemon {
         self.manager.export(name, disk, target, format, &mut |done, total| progress(done, total))
     }
 
+    fn resume(&self) {
+        self.manager.resume();
+    }
+
     fn disks(&self) -> Vec<DiskStatus> {
         self.manager.disks()
     }

@@ -25,7 +25,8 @@ impl Bench {
         std::fs::File::options().write(true).open(&base).unwrap().set_len(SIZE).unwrap();
         let store = Store::open(&folder.path().join("state")).unwrap();
         store.declare("vda", &base, ImageFormat::Raw, HOW, false).unwrap();
-        let chain = Chain::new("vda", false, store.open_layers("vda", 1, HOW, Some(0)).unwrap()).unwrap();
+        let layers = store.open_layers("vda", 1, HOW, Some(0)).unwrap();
+        let chain = Chain::new("vda", false, WriteErrors::default(), layers).unwrap();
         Self { _folder: folder, store, chain }
     }
 

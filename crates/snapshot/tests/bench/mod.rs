@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use block::{read_disk, write_disk};
+use block::{WriteErrors, read_disk, write_disk};
 use hostio::Cache;
 use snapshot::{
     Chain, CreateRequest, DiskConfig, FreezeDefaults, FreezePolicy, ImageFormat, Manager, SnapshotRecord,
@@ -61,6 +61,7 @@ pub fn disk(id: &str, path: PathBuf, format: ImageFormat) -> DiskConfig {
         read_only: false,
         cache,
         metadata_cache: snapshot::DEFAULT_METADATA_CACHE,
+        write_errors: WriteErrors::default(),
     }
 }
 

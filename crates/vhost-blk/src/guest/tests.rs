@@ -56,6 +56,21 @@ fn cutting_and_advancing_lose_no_byte() {
 }
 
 #[test]
+fn a_buffer_that_was_moved_in_part_is_moved_whole_the_next_time() {
+    let (hold, mut buffer) = (hold(), GuestBuffer::default());
+    assert!(buffer.map(&hold, &[segment(0x1000, 100), segment(0x2000, 50)], Permissions::Write));
+    let pieces = |buffer: &GuestBuffer| -> Vec<_> {
+        buffer.iovecs.iter().map(|found| (found.iov_base.addr(), found.iov_len)).collect()
+    };
+    let whole = pieces(&buffer);
+    let rest = [30, 30, 60].into_iter().fold(buffer.whole(), |rest, done| buffer.advance(rest, done));
+    assert_eq!((rest, buffer.iovecs[1].iov_len), (1..2, 30));
+    buffer.rewind();
+    assert_eq!(pieces(&buffer), whole);
+    assert_eq!(buffer.copy_from(buffer.whole(), &[1; 200]), 150);
+}
+
+#[test]
 fn a_bounce_buffer_smaller_than_the_data_is_used_again() {
     let (hold, mut buffer) = (hold(), GuestBuffer::default());
     let storage = MemStorage::from((0..=255).cycle().take(4096).collect::<Vec<u8>>());

@@ -18,6 +18,8 @@ fn worker() -> (Worker, Vring, Memory) {
         serial: [0; ID_LEN],
         gate: Arc::default(),
         pulse: Arc::default(),
+        parking: Arc::default(),
+        on_failure: Arc::new(|_| {}),
         cache: Arc::new(CacheMode::new()),
         memory: memory.clone(),
         state: Arc::new(QueueState::new().unwrap()),

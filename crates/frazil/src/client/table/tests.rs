@@ -101,7 +101,7 @@ fn the_status_leads_with_a_thaw_that_is_owed_and_lists_the_disks() {
         "thaw-owed": true, "prepared": "monday", "snapshots": 3,
         "disks": [{
             "id": "vda", "capacity": 8_u64 << 30, "read-only": false, "connected": true,
-            "cache": "writeback",
+            "cache": "writeback", "werror": "enospc", "io-status": "nospace", "parked": 3,
             "layers": [
                 { "id": "vda", "path": "/img/root.img", "format": "raw" },
                 { "id": "vda", "path": "/img/root.vda-000001.qcow2", "format": "qcow2" },
@@ -117,6 +117,7 @@ agent      /a.sock
 thaw       OWED: the guest may be frozen, Frazil keeps trying
 snapshots  3
 prepared   monday, waits for its release
+waiting    3 requests of disk vda wait for room on the host
 
 DISK   SIZE  ACCESS      FRONT-END  LAYERS  ACTIVE
 vda   8 GiB  read-write  connected       2  /img/root.vda-000001.qcow2
