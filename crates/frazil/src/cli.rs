@@ -44,7 +44,7 @@ pub(crate) enum Command {
 pub(crate) struct Serve {
     /// A TOML file with the same words as keys, instead of all other flags.
     #[arg(long, value_name = "FILE")]
-    #[arg(conflicts_with_all = ["state", "control", "agent", "disks", "freeze_owner", "freeze", "pre_sync"])]
+    #[arg(conflicts_with_all = ["state", "control", "agent", "disks", "freeze_owner", "freeze", "pre_sync", "allow_folders"])]
     pub(crate) config: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) flags: ServeFlags,
@@ -74,6 +74,10 @@ pub(crate) struct ServeFlags {
     #[arg(long, value_name = "SWITCH", default_value = "on", value_parser = word::<bool>())]
     #[arg(action = ArgAction::Set)]
     pub(crate) pre_sync: bool,
+    /// A folder below which base images may name backing files and data files; may be given many times. If absent, only
+    /// the image's own folder.
+    #[arg(long = "allow-folder", value_name = "DIR")]
+    pub(crate) allow_folders: Vec<PathBuf>,
 }
 
 const DISK_KEYS: &str = "Keys of --disk, separated by commas; a comma inside a value is written twice:
@@ -208,6 +212,9 @@ pub(crate) struct Place {
     /// The state directory of a daemon that does not run, instead of --control.
     #[arg(long, value_name = "DIR", conflicts_with = "control")]
     pub(crate) state: Option<PathBuf>,
+    /// With --state: a folder below which base images may name files, as the daemon has it.
+    #[arg(long = "allow-folder", value_name = "DIR", requires = "state")]
+    pub(crate) allow_folders: Vec<PathBuf>,
 }
 
 /// For people or for programs.

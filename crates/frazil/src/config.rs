@@ -35,6 +35,8 @@ pub(crate) struct Config {
     pub(crate) freeze: FreezePolicy,
     /// Whether the guest writes out its dirty memory before it is frozen, where that can be had.
     pub(crate) pre_sync: bool,
+    /// Below which folders the files may lie that base images name; below the image's own folder if there are none.
+    pub(crate) allow_folders: Vec<PathBuf>,
     /// The disks, at least one.
     pub(crate) disks: Vec<DiskConfig>,
 }
@@ -49,6 +51,7 @@ impl Config {
         absolute(&mut self.state)?;
         absolute(&mut self.control)?;
         self.agent.as_mut().map_or(Ok(()), absolute)?;
+        self.allow_folders.iter_mut().try_for_each(absolute)?;
         for disk in &mut self.disks {
             absolute(&mut disk.path)?;
             absolute(&mut disk.socket)?;

@@ -109,6 +109,7 @@ fn from_flags(flags: cli::ServeFlags) -> Result<Config, Mistake> {
         freeze_owner: flags.freeze_owner,
         freeze: flags.freeze,
         pre_sync: flags.pre_sync,
+        allow_folders: flags.allow_folders,
         disks: flags.disks,
     })
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroU32;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -93,6 +93,13 @@ impl HostFile {
         Ok(Self { path: path.to_owned(), file, direct, is_device, in_memory })
     }
 
+    /// Where the open file is, all links followed, as the kernel has it now. That is not where its path leads if somebody
+    /// moves files about.
+    pub fn real_path(&self) -> Result<PathBuf> {
+        let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        std::fs::read_link(link).context(|| format!("find where {} is", self.path.display()))
+    }
+
     /// Whether it is a block device.
     pub fn is_device(&self) -> bool {
         self.is_device
@@ -107,13 +114,24 @@ impl HostFile {
 /// Opens a regular file or a block device; anything else is refused, before it could block us.
 fn open_plain(path: &Path, options: &mut OpenOptions) -> Result<File> {
     // Without O_NONBLOCK a FIFO would hold the open until somebody writes to it.
-    let file = options.custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+    let file = options.custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path).map_err(opening)?;
     let metadata = file.metadata()?;
     if !metadata.file_type().is_block_device() && !metadata.is_file() {
         return Err(Error::new(ErrorKind::InvalidInput, "neither a regular file nor a block device"));
     }
     block_on_io(&file)?;
     Ok(file)
+}
+
+/// Says what to do where the process has too many files open: a long chain has many.
+fn opening(error: std::io::Error) -> Error {
+    match Errno::from_io_error(&error) {
+        Some(Errno::MFILE) => Error::from(error).context(
+            "the process may open no more files; raise its limit (LimitNOFILE= of the unit, `ulimit -Hn`), or merge \
+             layers",
+        ),
+        _ => error.into(),
+    }
 }
 
 /// That it is the same file is checked whenever one is opened again: the path may have been replaced meanwhile.

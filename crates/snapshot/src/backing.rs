@@ -1,5 +1,12 @@
-//! Backing files of images that users gave: found, judged and opened.
+//! The files that images of users name in their headers: found, judged, and only then opened.
+//!
+//! An image that somebody else made may name any file of the host. So a name is followed to the file that it means,
+//! symbolic links and all, and that file must lie below a folder that the operator allows. Nothing is opened before
+//! that is known: to open a device may already do something. Formats are never guessed, for a guest can write into a
+//! raw image what looks like the header of another format.
 
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,37 +14,115 @@ use block::{Context, Error, ErrorKind, Layer, RawDisk, Result, Stack, Storage};
 use hostio::{Cache, HostFile, Open};
 use qcow2::{Header, Image, Mode};
 
-/// How many images deep the base image that the user gave may be.
+/// How many images deep the base image that the user gave may be. Each is a file that is open, or two.
 const MAX_DEPTH: usize = 1024;
 
-/// The images beneath the base image `path`, the lowest first, as their headers name them.
-pub(crate) fn open_own(path: &Path, storage: &dyn Storage) -> Result<Vec<Arc<dyn Layer>>> {
-    let mut files = Vec::new();
-    let mut next = named(path, storage)?;
-    while let Some((path, format)) = next {
-        if files.len() == MAX_DEPTH {
-            let story = format!("{}: more than {MAX_DEPTH} backing files, or a loop", path.display());
+/// Below which folders the files may lie that images name.
+#[derive(Clone, Debug, Default)]
+pub struct AllowedFolders(Vec<PathBuf>);
+
+impl AllowedFolders {
+    /// These folders, or single files, as they are now: links in their paths are followed here, and once. If there are
+    /// none, an image may name files below its own folder, but no devices.
+    pub fn new(folders: &[PathBuf]) -> Result<Self> {
+        let real = |folder: &PathBuf| {
+            folder.canonicalize().context(|| format!("the allowed folder {}", folder.display()))
+        };
+        Ok(Self(folders.iter().map(real).collect::<Result<_>>()?))
+    }
+
+    /// The file that the image `by` means by `name`, if it may be opened.
+    fn find(&self, by: &Path, name: &str) -> Result<Place> {
+        // As QEMU tells the two apart: a protocol ends in a colon before any slash.
+        if name.split('/').next().is_some_and(|first| first.contains(':')) {
+            let story = "it is not a plain file name, but one with a protocol";
             return Err(Error::new(ErrorKind::Unsupported, story));
         }
-        let file = Arc::new(HostFile::open(&path, Open { writable: false, cache: Cache::Writeback })?);
-        next = match format {
-            Format::Raw => None,
-            Format::Qcow2 => named(&path, &*file)?,
-        };
-        files.push((file, format));
+        let path = folder_of(by).join(name).canonicalize()?;
+        self.check(by, &path)?;
+        let metadata = path.metadata()?;
+        self.check_kind(&metadata)?;
+        Ok(Place { identity: (metadata.dev(), metadata.ino()), path })
     }
-    let mut stack = Stack::new(Vec::new(), 0);
-    for (file, format) in files.into_iter().rev() {
-        let layer: Arc<dyn Layer> = match format {
-            Format::Raw => Arc::new(RawDisk::new(file, true)?),
-            Format::Qcow2 => {
-                let beneath = Arc::new(Stack::new(stack.layers(), 0));
-                Arc::new(Image::open(file, Some(beneath), Mode::ReadOnly)?)
+
+    /// Whether a file lies where the image `by` may name it.
+    fn check(&self, by: &Path, file: &Path) -> Result<()> {
+        let own = match self.0.is_empty() {
+            true => Some(folder_of(by).canonicalize()?),
+            false => None,
+        };
+        if self.0.iter().chain(&own).any(|folder| file.starts_with(folder)) {
+            return Ok(());
+        }
+        let story = format!(
+            "{} is not below a folder where images may name files: move it there, or allow its folder \
+             (allow-folder)",
+            file.display()
+        );
+        Err(Error::new(ErrorKind::InvalidInput, story))
+    }
+
+    fn check_kind(&self, metadata: &Metadata) -> Result<()> {
+        let kind = metadata.file_type();
+        let story = if kind.is_file() {
+            return Ok(());
+        } else if kind.is_block_device() {
+            if !self.0.is_empty() {
+                return Ok(());
             }
+            "it is a block device, which images may only name where the operator says so (allow-folder)"
+        } else if kind.is_dir() {
+            "it is a directory"
+        } else if kind.is_fifo() {
+            "it is a FIFO"
+        } else if kind.is_char_device() {
+            "it is a character device"
+        } else {
+            "it is neither a regular file nor a block device"
         };
-        stack = stack.with_layer(layer);
+        Err(Error::new(ErrorKind::InvalidInput, story))
     }
-    Ok(stack.layers())
+}
+
+/// A file that may be opened.
+struct Place {
+    path: PathBuf,
+    /// Its device and number there: the same by whatever name.
+    identity: (u64, u64),
+}
+
+fn folder_of(image: &Path) -> &Path {
+    image.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// What has been opened for one base image.
+struct Search<'a> {
+    folders: &'a AllowedFolders,
+    cache: Cache,
+    /// All files so far.
+    seen: Vec<(u64, u64)>,
+}
+
+impl Search<'_> {
+    /// Opens, for reading, the file that the image `by` means by `name`.
+    fn open(&mut self, by: &Path, name: &str) -> Result<(PathBuf, Arc<HostFile>)> {
+        let place = self.folders.find(by, name)?;
+        if self.seen.contains(&place.identity) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                "it is a loop: the file is part of the chain already",
+            ));
+        }
+        if self.seen.len() > MAX_DEPTH {
+            let story = format!("the chain is longer than {MAX_DEPTH} images");
+            return Err(Error::new(ErrorKind::Unsupported, story));
+        }
+        self.seen.push(place.identity);
+        let file = HostFile::open(&place.path, Open { writable: false, cache: self.cache })?;
+        // Somebody may have put another one there since it was judged.
+        self.folders.check(by, &file.real_path()?)?;
+        Ok((place.path, Arc::new(file)))
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -46,25 +131,67 @@ enum Format {
     Qcow2,
 }
 
-/// The backing file that the header of the image `path` names, and its format.
-fn named(path: &Path, storage: &dyn Storage) -> Result<Option<(PathBuf, Format)>> {
-    let header = Header::read(storage).context(|| format!("open {}", path.display()))?;
-    let Some(name) = header.backing_file else { return Ok(None) };
-    let refuse = |story: String| Error::new(ErrorKind::Unsupported, format!("{}: {story}", path.display()));
-    if name.contains(':') {
-        return Err(refuse(format!("its backing file '{name}' is not a plain file name")));
+/// Opens the images beneath the base image `base`, which is open as `storage`, as their headers name them. The lowest
+/// comes first.
+pub(crate) fn open_own(
+    base: &Path,
+    storage: &dyn Storage,
+    folders: &AllowedFolders,
+    cache: Cache,
+) -> Result<Vec<Arc<dyn Layer>>> {
+    let metadata = base.metadata().context(|| format!("open {}", base.display()))?;
+    let mut search = Search { folders, cache, seen: vec![(metadata.dev(), metadata.ino())] };
+    let mut files = Vec::new();
+    let mut next = named(base, storage, &mut search)?;
+    while let Some((path, file, format)) = next {
+        next = match format {
+            Format::Raw => None,
+            Format::Qcow2 => named(&path, &*file, &mut search)?,
+        };
+        files.push((path, file, format));
     }
-    let format = match header.backing_format.as_deref() {
-        Some("raw") => Format::Raw,
-        Some("qcow2") => Format::Qcow2,
+    let mut stack = Stack::new(Vec::new(), 0);
+    for (path, file, format) in files.into_iter().rev() {
+        let what = || format!("open {}", path.display());
+        let layer: Arc<dyn Layer> = match format {
+            Format::Raw => Arc::new(RawDisk::new(file, true)?),
+            Format::Qcow2 => {
+                let beneath = Arc::new(Stack::new(stack.layers(), 0));
+                Arc::new(Image::open(file, Some(beneath), Mode::ReadOnly).context(what)?)
+            }
+        };
+        stack = stack.with_layer(layer);
+    }
+    Ok(stack.layers())
+}
+
+/// Opens the backing file that the header of the image `by` names, if it names one.
+fn named(
+    by: &Path,
+    storage: &dyn Storage,
+    search: &mut Search<'_>,
+) -> Result<Option<(PathBuf, Arc<HostFile>, Format)>> {
+    let header = Header::read(storage).context(|| format!("open {}", by.display()))?;
+    let Some(name) = header.backing_file else { return Ok(None) };
+    let story = || format!("{}: its backing file '{name}'", by.display());
+    let format = format_of(header.backing_format.as_deref()).context(story)?;
+    let (path, file) = search.open(by, &name).context(story)?;
+    Ok(Some((path, file, format)))
+}
+
+fn format_of(stated: Option<&str>) -> Result<Format> {
+    match stated {
+        Some("raw") => Ok(Format::Raw),
+        Some("qcow2") => Ok(Format::Qcow2),
         Some(other) => {
-            return Err(refuse(format!("its backing file has the format '{other}', not raw or qcow2")));
+            Err(Error::new(ErrorKind::Unsupported, format!("it has the format '{other}', not raw or qcow2")))
         }
         None => {
-            let story = "its header does not state the format of its backing file; \
-                         state it with `qemu-img rebase -u -F FORMAT -b FILE`";
-            return Err(refuse(story.to_owned()));
+            let story = "its format is not stated: state it with `qemu-img rebase -u -F FORMAT -b FILE`";
+            Err(Error::new(ErrorKind::Unsupported, story))
         }
-    };
-    Ok(Some((path.parent().unwrap_or(Path::new("")).join(&name), format)))
+    }
 }
+
+#[cfg(test)]
+mod tests;

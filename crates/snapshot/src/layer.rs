@@ -12,7 +12,7 @@ use block::{
 use hostio::{Cache, HostFile};
 use qcow2::{Image, Journal, Mode};
 
-use crate::backing;
+use crate::backing::{self, AllowedFolders};
 use crate::manifest::LayerEntry;
 use crate::model::ImageFormat;
 
@@ -73,6 +73,15 @@ enum Content {
     Qcow2(Arc<Image>),
 }
 
+/// What a layer is opened over.
+#[derive(Clone)]
+pub(crate) enum Beneath<'a> {
+    /// The layers of the chain.
+    Layers(Arc<Stack>),
+    /// Nothing but what the image, a chain's base, names in its header, as far as these folders allow.
+    Named(&'a AllowedFolders),
+}
+
 /// What a layer is opened for.
 pub(crate) enum Access<'a> {
     /// To be read, beneath others.
@@ -85,23 +94,23 @@ pub(crate) enum Access<'a> {
 }
 
 impl Layer {
-    /// Opens the image of `entry` on top of `beneath`, which is `None` for the base: what a base image names in its
-    /// header as its own backing file is opened too, read-only.
+    /// Opens the image of `entry` over what is beneath it. What a base image names in its header is opened too,
+    /// read-only.
     pub(crate) fn open(
         id: &str,
         entry: &LayerEntry,
-        beneath: Option<Arc<Stack>>,
+        beneath: Beneath<'_>,
         how: Opening,
         access: Access<'_>,
     ) -> Result<Self> {
         let writable = matches!(access, Access::Write { .. });
         let file = Arc::new(HostFile::open(&entry.path, hostio::Open { writable, cache: how.cache })?);
         let beneath = match beneath {
-            Some(beneath) => beneath,
-            None => {
+            Beneath::Layers(stack) => stack,
+            Beneath::Named(folders) => {
                 let own = match entry.format {
                     ImageFormat::Raw => Vec::new(),
-                    ImageFormat::Qcow2 => backing::open_own(&entry.path, &*file)?,
+                    ImageFormat::Qcow2 => backing::open_own(&entry.path, &*file, folders, how.cache)?,
                 };
                 Arc::new(Stack::new(own, how.map_bytes()))
             }

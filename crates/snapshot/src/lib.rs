@@ -17,6 +17,7 @@ pub mod probe;
 mod request;
 mod store;
 
+pub use backing::AllowedFolders;
 pub use chain::Chain;
 
 pub use cut::{

@@ -11,6 +11,7 @@ use hostio::Cache;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use crate::backing::AllowedFolders;
 use crate::chain::Chain;
 use crate::cut::{
     Collector, Cut, CutPlan, CutPorts, Events, Freezer, GateGroup, Guest, Held, Limits, SystemClock,
@@ -111,14 +112,15 @@ pub struct DiskProbe {
 
 impl Manager {
     /// Opens the state directory and the disks' chains, to serve them. `guest` is the way to the agent, if there is
-    /// one; a thaw that an earlier run owed is tried at once.
+    /// one; a thaw that an earlier run owed is tried at once. Base images may name files in `folders`.
     pub fn open(
         state: &Path,
         disks: &[DiskConfig],
+        folders: AllowedFolders,
         defaults: FreezeDefaults,
         guest: Option<Box<dyn Guest>>,
     ) -> Result<Self> {
-        let store = Arc::new(Store::open(state)?);
+        let store = Arc::new(Store::open(state, folders)?);
         let mut served = BTreeMap::new();
         for disk in disks {
             let chain = Arc::new(open_chain(&store, disk)?);
@@ -143,12 +145,13 @@ impl Manager {
     }
 
     /// Opens a state directory that no daemon uses: for all but taking snapshots.
-    pub fn open_offline(state: &Path) -> Result<Self> {
+    pub fn open_offline(state: &Path, folders: AllowedFolders) -> Result<Self> {
         if !state.join("manifest.json").exists() {
             let story = format!("{} is not a state directory: it has no manifest.json", state.display());
             return Err(Error::new(ErrorKind::NotFound, story));
         }
-        Self::assemble(Arc::new(Store::open(state)?), BTreeMap::new(), FreezeDefaults::default(), None)
+        let store = Arc::new(Store::open(state, folders)?);
+        Self::assemble(store, BTreeMap::new(), FreezeDefaults::default(), None)
     }
 
     fn assemble(

@@ -14,12 +14,13 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::{Context, Error, ErrorKind, Result, Stack};
+use block::{Context, Error, ErrorKind, Result};
 use hostio::{Cache, HostFile};
 use qcow2::CreateOptions;
 use tracing::warn;
 
-use crate::layer::{Access, JournalFolder, Layer, Opening};
+use crate::backing::AllowedFolders;
+use crate::layer::{Access, Beneath, JournalFolder, Layer, Opening};
 use crate::manifest::{DiskEntry, LayerEntry, Manifest};
 use crate::model::{ImageFormat, SnapshotRecord};
 
@@ -32,6 +33,8 @@ pub(crate) struct Store {
     folder: PathBuf,
     _lock: File,
     journals: JournalFolder,
+    /// Where the files may be that base images name.
+    folders: AllowedFolders,
     manifest: Mutex<Manifest>,
     /// Held by whoever changes the manifest, as long as the change is being written.
     writing: Mutex<()>,
@@ -39,7 +42,7 @@ pub(crate) struct Store {
 
 impl Store {
     /// Opens the directory, making it if need be (mode 0700), for this process alone.
-    pub(crate) fn open(folder: &Path) -> Result<Self> {
+    pub(crate) fn open(folder: &Path, folders: AllowedFolders) -> Result<Self> {
         for path in [folder.to_owned(), folder.join("journal"), folder.join("layers")] {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
             made.context(|| format!("make the folder {}", path.display()))?;
@@ -50,7 +53,7 @@ impl Store {
         let loaded = Manifest::load(&folder.join("manifest.json"))?;
         let journals = JournalFolder { path: folder.join("journal"), boot_id: boot_id.clone() };
         let manifest = Mutex::new(Manifest::empty(&boot_id));
-        let store = Self { folder, _lock: lock, journals, manifest, writing: Mutex::default() };
+        let store = Self { folder, _lock: lock, journals, folders, manifest, writing: Mutex::default() };
         if let Some(manifest) = loaded {
             *store.manifest() = manifest;
             store.settle(&boot_id);
@@ -156,7 +159,7 @@ impl Store {
         let base = LayerEntry { path, format, number: 0, sealed: read_only };
         // Opened before it is remembered: a mistake must not be.
         let access = if read_only { Access::Read } else { Access::Write { journals: &self.journals } };
-        Layer::open(id, &base, None, how, access)?;
+        Layer::open(id, &base, Beneath::Named(&self.folders), how, access)?;
         self.update(|manifest| {
             manifest.disks.insert(id.to_owned(), DiskEntry { layers: vec![base], next: 1 });
             Ok(())
@@ -194,7 +197,7 @@ impl Store {
         writable: Option<usize>,
     ) -> Result<Vec<Arc<Layer>>> {
         let entries = self.manifest().disk(id)?.layers.clone();
-        let (mut layers, mut beneath) = (Vec::new(), None);
+        let (mut layers, mut beneath) = (Vec::new(), Beneath::Named(&self.folders));
         for (index, entry) in entries.iter().take(count).enumerate() {
             let is_writable = writable == Some(index);
             if !is_writable && !entry.sealed {
@@ -202,14 +205,15 @@ impl Store {
             }
             let access = if is_writable { Access::Write { journals: &self.journals } } else { Access::Read };
             let layer = Arc::new(Layer::open(id, entry, beneath, how, access)?);
-            beneath = Some(Arc::new(if is_writable { layer.changing_stack() } else { layer.stack() }));
+            let stack = if is_writable { layer.changing_stack() } else { layer.stack() };
+            beneath = Beneath::Layers(Arc::new(stack));
             layers.push(layer);
         }
         Ok(layers)
     }
 
     /// Does the SEAL that a killed process could not: what it acknowledged goes from the journal into the image.
-    fn recover(&self, id: &str, entry: &LayerEntry, beneath: Option<Arc<Stack>>) -> Result<()> {
+    fn recover(&self, id: &str, entry: &LayerEntry, beneath: Beneath<'_>) -> Result<()> {
         let access = Access::Write { journals: &self.journals };
         Layer::open(id, entry, beneath, Opening::OFFLINE, access)?.flush()?;
         self.journals.remove(id, entry.number)
@@ -296,7 +300,7 @@ impl Store {
         hostio::sync_dir(entry.path.parent().unwrap_or(Path::new("/")))?;
         self.journals.remove(id, entry.number)?;
         let access = Access::Write { journals: &self.journals };
-        let beneath = Some(Arc::new(top.stack()));
+        let beneath = Beneath::Layers(Arc::new(top.stack()));
         Ok(Arc::new(Layer::open(id, entry, beneath, how, access)?))
     }
 

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use block::{Disk, ErrorKind, write_disk};
 use hostio::{Cache, HostFile, Open};
 use snapshot::{
-    Coverage, CreateRequest, FreezeDefaults, FreezePolicy, FreezeStatus, Guest, GuestError, GuestResult,
-    ImageFormat, Manager,
+    AllowedFolders, Coverage, CreateRequest, FreezeDefaults, FreezePolicy, FreezeStatus, Guest, GuestError,
+    GuestResult, ImageFormat, Manager,
 };
 
 use bench::{Bench, SIZE, byte, chain, check, request, snapshot, stamp};
@@ -46,11 +46,23 @@ fn a_base_image_that_can_not_be_opened_is_not_remembered() {
     let mut bench = Bench::new(&["vda"]);
     let right = bench.disks[0].clone();
     bench.disks[0].path = bench.path("mistyped.raw");
-    let opened = Manager::open(&bench.path("state"), &bench.disks, FreezeDefaults::default(), None);
+    let opened = Manager::open(
+        &bench.path("state"),
+        &bench.disks,
+        AllowedFolders::default(),
+        FreezeDefaults::default(),
+        None,
+    );
     assert_eq!(opened.err().unwrap().kind(), ErrorKind::NotFound);
     bench.disks[0] = right.clone();
     bench.disks[0].format = ImageFormat::Qcow2;
-    let opened = Manager::open(&bench.path("state"), &bench.disks, FreezeDefaults::default(), None);
+    let opened = Manager::open(
+        &bench.path("state"),
+        &bench.disks,
+        AllowedFolders::default(),
+        FreezeDefaults::default(),
+        None,
+    );
     opened.err().unwrap();
     bench.disks[0] = right;
     bench.open();
@@ -339,8 +351,14 @@ fn a_guest_that_does_not_thaw_does_not_keep_the_disks_from_being_flushed() {
     snapshot(&manager, "one");
     drop(manager);
     let guest = Box::new(NeverThaws);
-    let manager =
-        Manager::open(&bench.path("state"), &bench.disks, FreezeDefaults::default(), Some(guest)).unwrap();
+    let manager = Manager::open(
+        &bench.path("state"),
+        &bench.disks,
+        AllowedFolders::default(),
+        FreezeDefaults::default(),
+        Some(guest),
+    )
+    .unwrap();
     stamp(&manager, "vda", 0, 1);
     let frozen = CreateRequest { freeze: Some(FreezePolicy::Require), ..request("held") };
     manager.prepare(frozen, LEASE).unwrap();

@@ -10,7 +10,10 @@ use std::time::Duration;
 
 use block::ErrorKind;
 use hostio::Cache;
-use snapshot::{CreateRequest, DiskConfig, Event, FreezeDefaults, FreezePolicy, Grade, ImageFormat, Manager};
+use snapshot::{
+    AllowedFolders, CreateRequest, DiskConfig, Event, FreezeDefaults, FreezePolicy, Grade, ImageFormat,
+    Manager,
+};
 
 mod bench;
 
@@ -60,7 +63,7 @@ fn a_restart_finds_the_chain_whether_the_daemon_ended_well_or_not() {
         manager.shut_down().unwrap();
         drop(manager);
     }
-    let manager = Manager::open_offline(&bench.path("state")).unwrap();
+    let manager = Manager::open_offline(&bench.path("state"), AllowedFolders::default()).unwrap();
     assert_eq!(manager.list().len(), 2);
     assert_eq!(bench.export(&manager, "ended-well-true", "vda")[0], 1);
 }
@@ -69,14 +72,20 @@ fn a_restart_finds_the_chain_whether_the_daemon_ended_well_or_not() {
 fn one_process_a_state_directory_and_one_base_a_disk() {
     let bench = Bench::new(&["vda"]);
     let manager = bench.open();
-    let error = Manager::open_offline(&bench.path("state")).err().unwrap();
+    let error = Manager::open_offline(&bench.path("state"), AllowedFolders::default()).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.to_string().contains("--control"), "{error}");
     drop(manager);
     let mut other = bench.disks.clone();
     other[0].path = bench.path("other.raw");
     File::create(&other[0].path).unwrap();
-    let opened = Manager::open(&bench.path("state"), &other, FreezeDefaults::default(), None);
+    let opened = Manager::open(
+        &bench.path("state"),
+        &other,
+        AllowedFolders::default(),
+        FreezeDefaults::default(),
+        None,
+    );
     assert!(opened.err().unwrap().to_string().contains("base-vda.raw"));
 }
 
@@ -89,7 +98,13 @@ fn a_disk_under_another_id_does_not_write_beneath_the_snapshots_that_it_had() {
     drop(manager);
     let mut renamed = bench.disks.clone();
     renamed[0].id = "root".to_owned();
-    let opened = Manager::open(&bench.path("state"), &renamed, FreezeDefaults::default(), None);
+    let opened = Manager::open(
+        &bench.path("state"),
+        &renamed,
+        AllowedFolders::default(),
+        FreezeDefaults::default(),
+        None,
+    );
     let error = opened.err().unwrap();
     assert!(error.to_string().contains("serve it with id=vda"), "{error}");
 }

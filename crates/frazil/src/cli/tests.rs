@@ -23,10 +23,20 @@ fn serve_takes_flags_or_a_file_but_not_both() {
     assert_eq!(serve.flags.freeze_owner, FreezeOwner::Frazil);
     assert!(serve.flags.pre_sync);
 
+    let folders = [&flags[..], &["--allow-folder", "/a", "--allow-folder", "b"]].concat();
+    let Command::Serve(serve) = parse(&folders).unwrap() else { panic!() };
+    assert_eq!(serve.flags.allow_folders, ["/a", "b"].map(PathBuf::from));
+
     let Command::Serve(serve) = parse(&["serve", "--config", "/f.toml"]).unwrap() else { panic!() };
     assert_eq!(serve.config, Some("/f.toml".into()));
 
-    for more in [["--state", "/s"], ["--disk", DISK], ["--freeze", "never"], ["--pre-sync", "off"]] {
+    for more in [
+        ["--state", "/s"],
+        ["--disk", DISK],
+        ["--freeze", "never"],
+        ["--pre-sync", "off"],
+        ["--allow-folder", "/a"],
+    ] {
         let line = [&["serve", "--config", "/f.toml"], &more[..]].concat();
         assert_eq!(parse(&line).unwrap_err().kind(), ErrorKind::ArgumentConflict, "{more:?}");
     }

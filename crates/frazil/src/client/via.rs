@@ -109,7 +109,8 @@ impl Via {
                 failure.hint("if the daemon is not meant to run, ask its directory with --state")
             });
         };
-        let service = serve::offline(state).map_err(|error| not_opened(state, &error))?;
+        let service =
+            serve::offline(state, &place.allow_folders).map_err(|error| not_opened(state, &error))?;
         Ok(Self::State(service))
     }
 

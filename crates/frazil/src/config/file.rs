@@ -7,7 +7,8 @@ use toml::{Table, Value};
 
 use super::{Config, Mistake, Word, disk};
 
-const KEYS: &[&str] = &["state", "control", "agent", "freeze-owner", "freeze", "pre-sync", "disk"];
+const KEYS: &[&str] =
+    &["state", "control", "agent", "freeze-owner", "freeze", "pre-sync", "allow-folders", "disk"];
 
 /// Reads the text of a configuration file. Its paths are still as written.
 pub(crate) fn read(text: &str) -> Result<Config, Mistake> {
@@ -18,6 +19,7 @@ pub(crate) fn read(text: &str) -> Result<Config, Mistake> {
         return Err(Mistake::UnknownKey { key: key.clone(), valid: KEYS });
     }
     let disks = disks(table.remove("disk"))?;
+    let allow_folders = folders("allow-folders", table.remove("allow-folders"))?;
     let mut words = |key: &str| table.remove(key).map(|value| word(key, value)).transpose();
     let missing = |key, example| Mistake::Missing { key, example };
     Ok(Config {
@@ -27,12 +29,28 @@ pub(crate) fn read(text: &str) -> Result<Config, Mistake> {
         freeze_owner: meant("freeze-owner", words("freeze-owner")?, FreezeOwner::default())?,
         freeze: meant("freeze", words("freeze")?, FreezePolicy::default())?,
         pre_sync: meant("pre-sync", words("pre-sync")?, true)?,
+        allow_folders,
         disks,
     })
 }
 
 fn meant<T: Word>(key: &str, given: Option<String>, default: T) -> Result<T, Mistake> {
     given.map_or(Ok(default), |value| T::from_word(key, &value))
+}
+
+fn folders(key: &str, value: Option<Value>) -> Result<Vec<PathBuf>, Mistake> {
+    const EXPECTED: &str = "a list of strings";
+    match value {
+        None => Ok(Vec::new()),
+        Some(Value::Array(values)) => values
+            .into_iter()
+            .map(|value| match value {
+                Value::String(text) if !text.is_empty() => Ok(text.into()),
+                other => Err(wrong_kind(key, &other, EXPECTED)),
+            })
+            .collect(),
+        Some(other) => Err(wrong_kind(key, &other, EXPECTED)),
+    }
 }
 
 fn disks(value: Option<Value>) -> Result<Vec<disk::DiskConfig>, Mistake> {

@@ -117,6 +117,7 @@ agent = "agent.sock"
 freeze-owner = "external"
 freeze = "never"
 pre-sync = "off"
+allow-folders = ["/srv/templates", "more"]
 
 [[disk]]
 id = "vda"
@@ -144,6 +145,7 @@ fn a_file_says_the_same_as_flags_and_its_paths_start_from_its_folder() {
     assert_eq!(config.freeze_owner, FreezeOwner::External);
     assert_eq!(config.freeze, FreezePolicy::Never);
     assert!(!config.pre_sync);
+    assert_eq!(config.allow_folders, ["/srv/templates", "/etc/frazil/more"].map(PathBuf::from));
     let flags = [
         "id=vda,path=/etc/frazil/a,,b.img,format=raw,socket=/etc/frazil/vda.sock,queues=2,readonly=on",
         "id=vdb,path=/dev/vg/b,format=raw,socket=/run/vdb.sock,cache=none",
@@ -165,12 +167,20 @@ fn a_mistake_in_a_file_names_the_key_and_the_way_out() {
         ),
         (
             "disks = []",
-            "unknown key `disks`; the keys are state, control, agent, freeze-owner, freeze, pre-sync, disk",
+            "unknown key `disks`; the keys are state, control, agent, freeze-owner, freeze, pre-sync, allow-folders, disk",
         ),
         ("freeze = [1]\n[[disk]]", "[[disk]] number 1: key `id` is missing; add id=vda"),
         (
             "[[disk]]\nid = \"vdx\"\nsize = 1",
             "[[disk]] number 1 (id vdx): unknown key `size`; the keys are id, ",
+        ),
+        (
+            "disk = []\nallow-folders = \"/srv\"",
+            "key `allow-folders` has a value of the wrong kind (string); write a list of strings",
+        ),
+        (
+            "disk = []\nallow-folders = [1]",
+            "key `allow-folders` has a value of the wrong kind (integer); write a list of strings",
         ),
         ("state = ", "TOML parse error at line 1"),
     ];

@@ -12,7 +12,7 @@ mod guest;
 mod service;
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -24,7 +24,8 @@ use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use snapshot::{
-    Chain, DiskConfig, ErrorAction, Event, FreezeDefaults, FreezeOwner, Guest, IoOperation, Manager,
+    AllowedFolders, Chain, DiskConfig, ErrorAction, Event, FreezeDefaults, FreezeOwner, Guest, IoOperation,
+    Manager,
 };
 use tracing::{info, warn};
 use vhost_blk::{DeviceConfig, OnFailure, Server, SessionEvent};
@@ -46,6 +47,10 @@ enum Stop {
 pub(crate) fn run(config: Config) -> Result<()> {
     let (stop, stopped) = channel();
     watch_signals(stop.clone()).context(|| "watch for signals")?;
+    // Before chains are opened, which may be long. Without it short ones are served all the same.
+    if let Err(error) = hostio::raise_open_files() {
+        warn!(%error, "long chains may not be served");
+    }
     let manager = Arc::new(open(&config)?);
     let devices = config.disks.iter().map(|disk| start_device(&manager, disk)).collect::<Result<Vec<_>>>()?;
     let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, stop));
@@ -65,8 +70,9 @@ pub(crate) fn run(config: Config) -> Result<()> {
 }
 
 /// The state directory of a daemon that does not run, as the commands without a guest need it.
-pub(crate) fn offline(state: &Path) -> Result<Box<dyn Service>> {
-    Ok(Box::new(Daemon::offline(Manager::open_offline(state)?, state)))
+pub(crate) fn offline(state: &Path, allow_folders: &[PathBuf]) -> Result<Box<dyn Service>> {
+    let manager = Manager::open_offline(state, AllowedFolders::new(allow_folders)?)?;
+    Ok(Box::new(Daemon::offline(manager, state)))
 }
 
 fn open(config: &Config) -> Result<Manager> {
@@ -76,7 +82,8 @@ fn open(config: &Config) -> Result<Manager> {
         let serials = config.disks.iter().map(|disk| disk.serial.clone()).collect();
         Box::new(AgentGuest::new(Agent::new(agent), serials, config.pre_sync)) as Box<dyn Guest>
     });
-    Manager::open(&config.state, &disks, defaults, guest)
+    let folders = AllowedFolders::new(&config.allow_folders)?;
+    Manager::open(&config.state, &disks, folders, defaults, guest)
 }
 
 fn disk_config(disk: &config::DiskConfig) -> DiskConfig {

@@ -5,6 +5,7 @@ use hostio::HostFile;
 use tempfile::TempDir;
 
 use super::*;
+use crate::backing::AllowedFolders;
 use crate::model::ImageFormat;
 use crate::store::Store;
 
@@ -23,7 +24,7 @@ impl Bench {
         let base = folder.path().join("base.raw");
         HostFile::create(&base, Cache::Writeback).unwrap();
         std::fs::File::options().write(true).open(&base).unwrap().set_len(SIZE).unwrap();
-        let store = Store::open(&folder.path().join("state")).unwrap();
+        let store = Store::open(&folder.path().join("state"), AllowedFolders::default()).unwrap();
         store.declare("vda", &base, ImageFormat::Raw, HOW, false).unwrap();
         let layers = store.open_layers("vda", 1, HOW, Some(0)).unwrap();
         let chain = Chain::new("vda", false, WriteErrors::default(), layers).unwrap();

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use block::{WriteErrors, read_disk, write_disk};
 use hostio::Cache;
 use snapshot::{
-    Chain, CreateRequest, DiskConfig, FreezeDefaults, FreezePolicy, ImageFormat, Manager, SnapshotRecord,
+    AllowedFolders, Chain, CreateRequest, DiskConfig, FreezeDefaults, FreezePolicy, ImageFormat, Manager,
+    SnapshotRecord,
 };
 use tempfile::TempDir;
 
@@ -39,7 +40,14 @@ impl Bench {
     }
 
     pub fn open(&self) -> Manager {
-        Manager::open(&self.path("state"), &self.disks, FreezeDefaults::default(), None).unwrap()
+        Manager::open(
+            &self.path("state"),
+            &self.disks,
+            AllowedFolders::default(),
+            FreezeDefaults::default(),
+            None,
+        )
+        .unwrap()
     }
 
     pub fn export(&self, manager: &Manager, name: &str, disk: &str) -> Vec<u8> {
