@@ -67,6 +67,8 @@ mod refcount_bits;
 #[allow(dead_code, reason = "the engine is about to use it")]
 mod snapshots;
 mod table;
+#[cfg(test)]
+mod testing;
 mod write;
 mod zero;
 

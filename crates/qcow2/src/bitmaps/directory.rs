@@ -14,7 +14,7 @@ const MAX_BITMAPS: u32 = 65535;
 /// QEMU's own bound (`QCOW2_MAX_BITMAP_DIRECTORY_SIZE`), in bytes.
 const MAX_DIRECTORY_BYTES: u64 = 1024 * MAX_BITMAPS as u64;
 /// QEMU's own bound (`BME_MAX_TABLE_SIZE`), in entries.
-const MAX_TABLE_ENTRIES: u32 = 0x800_0000;
+pub(super) const MAX_TABLE_ENTRIES: u32 = 0x800_0000;
 /// QEMU's own bound (`BME_MAX_PHYS_SIZE`) of a bitmap's data in bytes.
 const MAX_DATA_BYTES: u64 = 0x2000_0000;
 /// QEMU's own bound (`BME_MAX_NAME_SIZE`).

@@ -1,18 +1,17 @@
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
+use block::ErrorKind;
 use block::testing::{CrashStorage, MemStorage};
-use block::{ByteRange, ErrorKind};
 
 use super::*;
 use crate::bytes::be64;
 use crate::check::repair::recount;
+use crate::testing;
 
 fn qemu(folder: &Path, program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).current_dir(folder).output().unwrap();
-    String::from_utf8_lossy(&output.stdout).into_owned()
+    testing::qemu(folder, program, arguments).0
 }
 
 /// What `qemu-img check` counts: contradictions and short refcounts together, and leaks. `None` if it gives up.
@@ -195,49 +194,6 @@ fn a_refcount_table_that_is_too_small_is_replaced() {
     }
 }
 
-/// Ends with an error after a number of writes and syncs.
-#[derive(Debug)]
-struct Stops {
-    inner: Arc<CrashStorage>,
-    left: std::sync::atomic::AtomicU64,
-}
-
-impl Stops {
-    fn step(&self) -> Result<()> {
-        use std::sync::atomic::Ordering::Relaxed;
-        let step = self.left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
-        step.map(|_| ()).map_err(|_| block::Error::new(ErrorKind::Io, "stopped"))
-    }
-}
-
-impl Storage for Stops {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.inner.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        self.step()?;
-        self.inner.write_at(buf, offset)
-    }
-
-    fn sync(&self) -> Result<()> {
-        self.step()?;
-        self.inner.sync()
-    }
-
-    fn len(&self) -> Result<u64> {
-        self.inner.len()
-    }
-
-    fn set_len(&self, len: u64) -> Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn punch_hole(&self, range: ByteRange) -> Result<()> {
-        self.inner.punch_hole(range)
-    }
-}
-
 #[test]
 fn a_repair_that_power_is_lost_in_is_repaired_again() {
     let folder = tempfile::tempdir().unwrap();
@@ -248,7 +204,7 @@ fn a_repair_that_power_is_lost_in_is_repaired_again() {
         let inner = Arc::new(CrashStorage::new());
         inner.write_at(&image, 0).unwrap();
         inner.sync().unwrap();
-        let storage = Stops { inner: inner.clone(), left: (steps * 3).into() };
+        let storage = testing::Stops::new(inner.clone(), steps * 3);
         let done = repair(&storage, &header_of(&image)).is_ok();
         for keep in 0..3 {
             let left = inner.after_power_loss(|| {
