@@ -44,6 +44,15 @@ bench: deps build ## measure against qemu-storage-daemon on the same file
 	@$(CARGO) build --quiet --release -p frazil-integration
 	@$(CARGO) run --quiet --release -p frazil-integration --bin bench
 
+# Of each target, so many seconds. The corpus that grows is kept out of the repository; `fuzz/seeds` is in it.
+FUZZ_SECONDS ?= 60
+
+.PHONY: fuzz
+fuzz: ## fuzz the image format; needs nightly Rust and cargo-fuzz
+	@set -e; for target in $$(ls fuzz/seeds); do mkdir -p fuzz/corpus/$$target; \
+	$(CARGO) +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+	-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=1024 -timeout=10; done
+
 .PHONY: build
 build: ## build the release binary
 	$(CARGO) build --quiet --release

@@ -53,6 +53,8 @@ mod entry;
 #[allow(dead_code, reason = "the engine is about to use it")]
 mod extensions;
 mod flush;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod header;
 #[allow(dead_code, reason = "the engine is about to use it")]
 mod header_update;
