@@ -1,162 +1,187 @@
-//! Host clusters: where the next one is, and the refcounts of those in use.
+//! Host clusters: which are free, and who gets the next one.
 //!
-//! Clusters are taken at the end of the file and never given back while the image is open, so no cluster changes its
-//! meaning under I/O. A refcount is written only for what a flush is about to name in a table, and is then one: so
-//! counting is idempotent, and a flush that failed half-way is simply done again.
+//! ```text
+//!   taken ──▶ named by an entry ──▶ freed ──(flush: nothing on disk names it)──▶ quarantine ──▶ free ──▶ taken …
+//!     └──────────────────────(write aborted)──────────────────────────────────────────────────────▲
+//! ```
+//!
+//! A cluster comes from the free list if that has any, else from the end of the file. The free list is fed from the
+//! quarantine, and by a *scan* of the refcounts of what the file had when it was opened: it goes through them once, a
+//! piece with each flush that finds few free clusters. What is freed before the scan has come by is left to it.
 
-use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::HashSet;
+use std::sync::Arc;
 
-use block::{Context, Error, ErrorKind, Result, Storage};
+use block::{Error, ErrorKind, Result};
 
-use crate::bytes::be64;
 use crate::entry::{Geometry, HostOffset};
-use crate::header::Header;
-use crate::metadata::Metadata;
+use crate::epoch::{Epoch, Quarantine};
 
-/// Hands out host clusters at the end of the file.
+/// With fewer free clusters than this, a flush looks for more.
+const FEW: usize = 256;
+
+/// The clusters of an image's file that nothing uses. Under the lock of the image's writes.
 #[derive(Debug)]
 pub(crate) struct Allocator {
-    geometry: Geometry,
-    next: AtomicU64,
-    /// Bytes that the refcount table can account for.
+    cluster_bits: u32,
+    /// Clusters by their index in the file, the lowest last.
+    free: Vec<u64>,
+    quarantine: Quarantine,
+    /// The first cluster past the end.
+    next: u64,
+    /// The end of what can be named and counted.
     limit: u64,
+    /// What the scan has not seen yet, of the file as it was when it was opened.
+    scan: std::ops::Range<u64>,
+    /// Whether what is freed is used again.
+    reuses: bool,
 }
 
 impl Allocator {
-    pub(crate) fn new(geometry: Geometry, file_len: u64, refcounts: &Refcounts) -> Self {
-        let per_block = geometry.refcounts_per_block() * geometry.cluster_size();
-        // The L2 entry's offset field ends at bit 55.
-        let limit = (refcounts.table.len() as u64).saturating_mul(per_block).min(1 << 56);
-        Self { geometry, next: AtomicU64::new(file_len.next_multiple_of(geometry.cluster_size())), limit }
-    }
-
-    /// The end of the cluster at `at`, if it can be counted and named.
-    fn end_of(&self, at: u64) -> Option<u64> {
-        at.checked_add(self.geometry.cluster_size()).filter(|end| *end <= self.limit)
+    /// For a file of `file_len` bytes in which `limit` clusters can be counted. Without `reuses` all clusters come
+    /// from the end of the file.
+    pub(crate) fn new(geometry: Geometry, file_len: u64, limit: u64, reuses: bool) -> Self {
+        let end = file_len.div_ceil(geometry.cluster_size());
+        Self {
+            cluster_bits: geometry.cluster_bits,
+            free: Vec::new(),
+            quarantine: Quarantine::default(),
+            next: end,
+            // The L2 entry's offset field ends at bit 55.
+            limit: limit.min(1 << (56 - geometry.cluster_bits)),
+            scan: if reuses { 0..end } else { 0..0 },
+            reuses,
+        }
     }
 
     /// A cluster that nothing uses.
-    pub(crate) fn take(&self) -> Result<HostOffset> {
-        match self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| self.end_of(next)) {
-            Ok(at) => Ok(HostOffset(at)),
-            Err(_) => Err(Error::new(
-                ErrorKind::NoSpace,
-                "the image's refcount table is full: convert the image, with larger clusters",
-            )),
+    pub(crate) fn take(&mut self) -> Result<HostOffset> {
+        if self.free.is_empty() {
+            while let Some(clusters) = self.quarantine.release() {
+                self.add(clusters);
+            }
+        }
+        match self.free.pop() {
+            Some(cluster) => Ok(HostOffset(cluster << self.cluster_bits)),
+            None => self.take_at_end(1),
         }
     }
 
-    /// Never hands out the cluster at `used`, nor one before it. `false` if it could not have handed it out.
-    pub(crate) fn skip(&self, used: HostOffset) -> bool {
-        let end = self.end_of(used.0);
-        end.inspect(|end| _ = self.next.fetch_max(*end, Ordering::Relaxed)).is_some()
+    /// `count` clusters in a row behind all that were ever taken.
+    pub(crate) fn take_at_end(&mut self, count: u64) -> Result<HostOffset> {
+        let end = self.next.checked_add(count).filter(|end| *end <= self.limit);
+        let end = end.ok_or_else(|| {
+            let story =
+                "the image's refcount table can grow no more: convert the image, with larger clusters";
+            Error::new(ErrorKind::NoSpace, story)
+        })?;
+        let at = HostOffset(self.next << self.cluster_bits);
+        self.next = end;
+        Ok(at)
+    }
+
+    /// Takes back a cluster that no entry ever named, and in which no I/O is under way.
+    pub(crate) fn give_back(&mut self, unused: HostOffset) {
+        self.free.push(unused.0 >> self.cluster_bits);
+    }
+
+    /// Never hands out the cluster at `used`, nor one at the end before it. `false` if it could not have handed it out.
+    pub(crate) fn skip(&mut self, used: HostOffset) -> bool {
+        let end = (used.0 >> self.cluster_bits) + 1;
+        if end > self.limit {
+            return false;
+        }
+        self.next = self.next.max(end);
+        true
+    }
+
+    /// The end of the clusters that are or were in use, in bytes.
+    pub(crate) fn end(&self) -> u64 {
+        self.next << self.cluster_bits
+    }
+
+    /// Takes clusters that nothing on disk names since before `ended` ended, to use them again.
+    pub(crate) fn free(&mut self, ended: Arc<Epoch>, clusters: Vec<u64>) {
+        if self.reuses && !clusters.is_empty() {
+            self.quarantine.push(ended, clusters);
+        }
+    }
+
+    /// Which clusters the scan is to look at next, at most `most`; `None` if there is no need.
+    pub(crate) fn wants(&self, most: u64) -> Option<std::ops::Range<u64>> {
+        let wants = self.free.len() < FEW && !self.scan.is_empty();
+        wants.then(|| self.scan.start..self.scan.end.min(self.scan.start + most))
+    }
+
+    /// The scan found that of the clusters before `end` these have a refcount of zero.
+    pub(crate) fn scanned(&mut self, end: u64, clusters: Vec<u64>) {
+        // Those come out of the quarantine by themselves.
+        let waiting: HashSet<u64> = self.quarantine.clusters().collect();
+        self.scan.start = end;
+        self.add(clusters.into_iter().filter(|cluster| !waiting.contains(cluster)).collect());
+    }
+
+    fn add(&mut self, clusters: Vec<u64>) {
+        let scan = self.scan.clone();
+        self.free.extend(clusters.into_iter().filter(|cluster| !scan.contains(cluster)));
+        self.free.sort_unstable_by(|one, other| other.cmp(one));
     }
 }
 
-/// The refcount table in RAM, and the writing of 16-bit refcounts.
-#[derive(Debug)]
-pub(crate) struct Refcounts {
-    geometry: Geometry,
-    at: HostOffset,
-    /// Where each refcount block is, zero for none. What is not in `unlinked` is on disk as well.
-    table: Vec<u64>,
-    /// Blocks that are in the file but not yet in the table on disk.
-    unlinked: BTreeSet<usize>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::epoch::Epochs;
+    use block::testing::MemStorage;
 
-impl Refcounts {
-    /// Reads and checks the refcount table, and tells `metadata` about it and its blocks.
-    pub(crate) fn open(storage: &dyn Storage, header: &Header, metadata: &mut Metadata) -> Result<Self> {
-        let geometry = header.geometry();
-        let clusters = u64::from(header.refcount_table_clusters);
-        let mut bytes = vec![0; (clusters * geometry.cluster_size()) as usize];
-        let limit = storage.len()?.next_multiple_of(geometry.cluster_size());
-        storage.read_at(&mut bytes, header.refcount_table.0).context(|| "read the refcount table")?;
-        metadata.add(header.refcount_table, clusters)?;
-        let mut table = Vec::with_capacity(bytes.len() / 8);
-        for entry in bytes.chunks_exact(8) {
-            let block = be64(entry, 0);
-            if !geometry.is_aligned(block) || block >= limit {
-                return Err(Error::new(ErrorKind::Corrupt, "a refcount table entry points to no block"));
-            }
-            if block != 0 {
-                metadata.add(HostOffset(block), 1)?;
-            }
-            table.push(block);
-        }
-        Ok(Self { geometry, at: header.refcount_table, table, unlinked: BTreeSet::new() })
+    const CLUSTER: u64 = 1 << 16;
+
+    fn allocator(clusters: u64, limit: u64) -> (Allocator, Epochs) {
+        let geometry = Geometry::new(1 << 30, 16, false);
+        let epochs = Epochs::new(Arc::new(MemStorage::default()));
+        (Allocator::new(geometry, clusters * CLUSTER - 1, limit, true), epochs)
     }
 
-    /// Writes a refcount of one for each cluster (given by its index in the file) that `clusters` holds, making
-    /// refcount blocks where there are none; those count themselves.
-    pub(crate) fn set_to_one(
-        &mut self,
-        storage: &dyn Storage,
-        allocator: &Allocator,
-        mut clusters: BTreeSet<u64>,
-    ) -> Result<()> {
-        let per_block = self.geometry.refcounts_per_block();
-        // Again those of a flush that failed after it made them.
-        clusters.extend(self.unlinked.iter().filter_map(|index| self.index_of_block(*index)));
-        while let Some(first) = clusters.pop_first() {
-            let block = self.block_for(storage, allocator, first / per_block, &mut clusters)?;
-            let block_end = (first / per_block + 1) * per_block;
-            let mut end = first + 1;
-            while end < block_end && clusters.remove(&end) {
-                end += 1;
-            }
-            let ones = 1_u16.to_be_bytes().repeat((end - first) as usize);
-            storage.write_at(&ones, block.0 + first % per_block * 2).context(|| "write refcounts")?;
-        }
-        Ok(())
+    fn take(allocator: &mut Allocator) -> u64 {
+        allocator.take().unwrap().0 / CLUSTER
     }
 
-    fn block_for(
-        &mut self,
-        storage: &dyn Storage,
-        allocator: &Allocator,
-        index: u64,
-        clusters: &mut BTreeSet<u64>,
-    ) -> Result<HostOffset> {
-        let index = index as usize;
-        let slot = self.table.get_mut(index);
-        let slot = slot.ok_or_else(|| Error::new(ErrorKind::NoSpace, "the refcount table is full"))?;
-        if *slot == 0 {
-            let at = allocator.take()?;
-            let size = self.geometry.cluster_size();
-            block::write_zeroes(storage, block::ByteRange { offset: at.0, len: size })?;
-            *slot = at.0;
-            self.unlinked.insert(index);
-            clusters.insert(at.0 >> self.geometry.cluster_bits);
-        }
-        Ok(HostOffset(*slot))
+    #[test]
+    fn what_is_freed_is_used_again_once_nobody_can_be_using_it() {
+        let (mut allocator, epochs) = allocator(4, 100);
+        assert_eq!([take(&mut allocator), take(&mut allocator)], [4, 5]);
+        let reader = epochs.now();
+        allocator.free(epochs.next(), vec![5, 4]);
+        assert_eq!(take(&mut allocator), 6);
+        drop(reader);
+        assert_eq!([4, 5, 7], [0; 3].map(|_| take(&mut allocator)));
+        allocator.give_back(HostOffset(6 * CLUSTER));
+        assert_eq!(take(&mut allocator), 6);
     }
 
-    /// The file's cluster that holds block `index`.
-    fn index_of_block(&self, index: usize) -> Option<u64> {
-        self.table.get(index).map(|at| at >> self.geometry.cluster_bits)
+    #[test]
+    fn the_scan_and_the_quarantine_never_give_the_same_cluster() {
+        let (mut allocator, epochs) = allocator(10, 100);
+        let reader = epochs.now();
+        allocator.free(epochs.next(), vec![1, 2, 8]);
+        assert_eq!(allocator.wants(5), Some(0..5));
+        allocator.scanned(5, vec![1, 2, 3]);
+        assert_eq!([3, 10], [0; 2].map(|_| take(&mut allocator)));
+        drop(reader);
+        // The eighth is left to the scan.
+        assert_eq!([1, 2, 11], [0; 3].map(|_| take(&mut allocator)));
+        assert_eq!(allocator.wants(5), Some(5..10));
+        allocator.scanned(10, vec![8]);
+        assert_eq!([8, 12], [0; 2].map(|_| take(&mut allocator)));
+        assert_eq!(allocator.wants(5), None);
     }
 
-    /// Whether the table on disk lacks blocks.
-    pub(crate) fn has_unlinked(&self) -> bool {
-        !self.unlinked.is_empty()
-    }
-
-    /// Writes the table entry of one new block, whose contents must be on stable storage by now.
-    ///
-    /// One at a time, the last one first: a block is taken after the first cluster that it counts, so what counts the
-    /// block itself is the same block or a later one, and that has to be named before it.
-    pub(crate) fn link_block(&self, storage: &dyn Storage) -> Result<()> {
-        let Some(&index) = self.unlinked.last() else { return Ok(()) };
-        let at = self.table.get(index).copied().unwrap_or_default();
-        storage
-            .write_at(&at.to_be_bytes(), self.at.0 + index as u64 * 8)
-            .context(|| "write the refcount table")
-    }
-
-    /// The entry written last is on stable storage.
-    pub(crate) fn block_linked(&mut self) {
-        self.unlinked.pop_last();
+    #[test]
+    fn the_end_of_what_can_be_counted_is_the_end() {
+        let (mut allocator, _) = allocator(4, 6);
+        assert!(allocator.skip(HostOffset(4 * CLUSTER)) && !allocator.skip(HostOffset(6 * CLUSTER)));
+        assert_eq!(take(&mut allocator), 5);
+        assert_eq!(allocator.take().unwrap_err().kind(), ErrorKind::NoSpace);
+        assert_eq!(allocator.end(), 6 * CLUSTER);
     }
 }

@@ -1,5 +1,7 @@
 //! L2 entries and the arithmetic around them: pure, nothing here does I/O.
 
+use std::ops::Range;
+
 use block::{ByteRange, Error, ErrorKind, Result};
 
 use crate::bytes::be64;
@@ -9,7 +11,7 @@ use crate::bytes::be64;
 pub(crate) struct GuestCluster(pub(crate) u64);
 
 /// A position in the image file, in bytes.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) struct HostOffset(pub(crate) u64);
 
 /// "Bit 9 - 55: Bits 9-55 of host cluster offset."
@@ -20,9 +22,9 @@ pub(crate) const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 /// In standard entries, "bit 0: if set, the cluster reads as all zeroes".
 const ALL_ZEROES: u64 = 1;
-/// In RAM only: the host cluster was assigned since the last flush that published it, so nothing on disk names it
-/// and its refcount there is zero. The bit is free in both formats' RAM form.
-const FRESH: u64 = 1;
+
+/// Entries of a table that are read and kept together take at most so many bytes of it.
+const SLICE_BYTES: u64 = 4096;
 
 /// The sizes of an image.
 #[derive(Clone, Copy, Debug)]
@@ -30,11 +32,16 @@ pub(crate) struct Geometry {
     pub(crate) capacity: u64,
     pub(crate) cluster_bits: u32,
     pub(crate) extended: bool,
+    /// Whether an entry can say "reads as zeroes": not in version 2.
+    pub(crate) zero_flag: bool,
+    /// Whether the guest's clusters are in a file of their own, each where the guest has it.
+    pub(crate) external: bool,
 }
 
 impl Geometry {
+    /// An image of version 3 that holds its data itself.
     pub(crate) fn new(capacity: u64, cluster_bits: u32, extended: bool) -> Self {
-        Self { capacity, cluster_bits, extended }
+        Self { capacity, cluster_bits, extended, zero_flag: true, external: false }
     }
 
     pub(crate) fn cluster_size(self) -> u64 {
@@ -56,6 +63,16 @@ impl Geometry {
 
     pub(crate) fn entries_per_table(self) -> u64 {
         self.cluster_size() / self.entry_size()
+    }
+
+    /// Entries of one slice: a power of two, and as many make up a table.
+    pub(crate) fn entries_per_slice(self) -> u64 {
+        self.cluster_size().min(SLICE_BYTES) / self.entry_size()
+    }
+
+    /// All subclusters of a cluster.
+    pub(crate) fn all(self) -> u32 {
+        if self.extended { u32::MAX } else { 1 }
     }
 
     /// Refcounts of 16 bits in one refcount block.
@@ -84,6 +101,23 @@ impl Geometry {
     pub(crate) fn position(self, cluster: GuestCluster) -> (usize, usize) {
         let entries = self.entries_per_table();
         ((cluster.0 / entries) as usize, (cluster.0 % entries) as usize)
+    }
+
+    /// The first byte of `cluster` in the disk.
+    pub(crate) fn start_of(self, cluster: GuestCluster) -> u64 {
+        cluster.0 << self.cluster_bits
+    }
+
+    /// Which slice of all tables has the entry of `cluster`, and where in it.
+    pub(crate) fn slice_of(self, cluster: GuestCluster) -> (u64, usize) {
+        let entries = self.entries_per_slice();
+        (cluster.0 / entries, (cluster.0 % entries) as usize)
+    }
+
+    /// The clusters that `slice` maps.
+    pub(crate) fn slice_clusters(self, slice: u64) -> Range<GuestCluster> {
+        let entries = self.entries_per_slice();
+        GuestCluster(slice * entries)..GuestCluster((slice + 1) * entries)
     }
 
     /// `range` cut at the ends of clusters, each piece with its cluster.
@@ -151,102 +185,92 @@ impl State {
         Self::new(self.allocated() | subclusters, self.zero() & !subclusters)
     }
 
-    /// The state once `subclusters` read as zeroes, but for those that hold data: they stay as they are.
-    pub(crate) fn with_zero(self, subclusters: u32) -> Self {
-        Self::new(self.allocated(), self.zero() | (subclusters & !self.allocated()))
-    }
-
-    /// The later of two states of one cluster. States only go forward, absent to zero to allocated, so their order
-    /// need not be known.
-    pub(crate) fn join(self, other: Self) -> Self {
-        self.with_allocated(other.allocated()).with_zero(other.zero())
+    /// The state once `subclusters` read as zeroes.
+    pub(crate) fn with_zeroed(self, subclusters: u32) -> Self {
+        Self::new(self.allocated() & !subclusters, self.zero() | subclusters)
     }
 }
 
-/// Where a guest cluster is in the image file: the first word of an L2 entry, as kept in RAM.
+/// Where a guest cluster is: the first word of an L2 entry, but for the zero flag of standard entries.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Home(pub(crate) u64);
 
 impl Home {
-    /// A host cluster assigned now, of which nothing on disk knows.
-    pub(crate) fn fresh(at: HostOffset) -> Self {
-        Self(at.0 | FRESH)
+    /// The host cluster at `offset`, which nothing else names.
+    pub(crate) fn own(offset: HostOffset) -> Self {
+        Self(offset.0 | COPIED)
     }
 
     pub(crate) fn is_none(self) -> bool {
         self.0 == 0
     }
 
-    pub(crate) fn is_fresh(self) -> bool {
-        self.0 & FRESH != 0
+    pub(crate) fn is_compressed(self) -> bool {
+        self.0 & COMPRESSED != 0
     }
 
-    /// The same home once tables and refcounts on disk name it.
-    pub(crate) fn settled(self) -> Self {
-        Self(self.offset_bits() | COPIED)
+    /// Whether it is a host cluster that nothing else names, so that it may be written where it is.
+    pub(crate) fn is_own(self) -> bool {
+        self.0 & COPIED != 0
     }
 
-    fn offset_bits(self) -> u64 {
-        self.0 & OFFSET
-    }
-
-    /// Where the cluster begins in the file. Errors for compressed ones, which are not clusters of a file.
-    pub(crate) fn offset(self) -> Result<HostOffset> {
-        if self.0 & COMPRESSED != 0 {
-            return Err(Error::new(ErrorKind::Unsupported, "compressed qcow2 clusters"));
-        }
-        Ok(HostOffset(self.offset_bits()))
-    }
-
-    /// As [`offset`](Self::offset), for writing in place: the cluster must not be shared.
-    pub(crate) fn writable_offset(self) -> Result<HostOffset> {
-        let offset = self.offset()?;
-        if self.0 & (COPIED | FRESH) == 0 {
-            return Err(Error::new(ErrorKind::Corrupt, "a cluster is shared though there are no snapshots"));
-        }
-        Ok(offset)
+    /// Where the host cluster begins; `None` if there is none, or the guest's cluster is compressed.
+    pub(crate) fn offset(self) -> Option<HostOffset> {
+        (!self.is_none() && !self.is_compressed()).then_some(HostOffset(self.0 & OFFSET))
     }
 }
 
-/// Decodes the L2 entry at the start of `bytes` and checks it against the format. That it lies inside the file is the
-/// caller's to check.
-pub(crate) fn decode(geometry: Geometry, bytes: &[u8]) -> Result<(Home, State)> {
-    let corrupt = |what: &str| Err(Error::new(ErrorKind::Corrupt, what));
-    let word = be64(bytes, 0);
-    let all = if geometry.extended { u32::MAX } else { 1 };
-    if word & COMPRESSED != 0 {
-        // Its descriptor has another form. Kept so that only those who meet it are refused.
-        return Ok((Home(COMPRESSED), State::new(all, 0)));
-    }
-    let state = match geometry.extended {
-        true => State(be64(bytes, 8)),
-        false if word & ALL_ZEROES != 0 => State::new(0, 1),
-        false => State::new(u32::from(word & OFFSET != 0), 0),
-    };
-    let known = OFFSET | COPIED | if geometry.extended { 0 } else { ALL_ZEROES };
-    let home = Home(word & (OFFSET | COPIED));
-    if word & !known != 0 {
-        return corrupt("an L2 entry has reserved bits set");
-    }
-    if !geometry.is_aligned(word & OFFSET) {
-        return corrupt("an L2 entry points into the middle of a cluster");
-    }
-    if !state.is_valid() || (state.allocated() != 0 && word & OFFSET == 0) {
-        return corrupt("an L2 entry contradicts itself");
-    }
-    Ok((if home.offset_bits() == 0 { Home::default() } else { home }, state))
+/// An L2 entry: what an image knows of one guest cluster.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Entry {
+    pub(crate) home: Home,
+    pub(crate) state: State,
 }
 
-/// Appends the L2 entry to `out` as it is on disk. A fresh home is named only if data was published in it: so a write
-/// that never came to its end leaves no trace, neither a mapping nor a refcount.
-pub(crate) fn encode(geometry: Geometry, home: Home, state: State, out: &mut Vec<u8>) {
-    let named = !home.is_none() && (state.allocated() != 0 || !home.is_fresh());
-    let word = if named { home.settled().0 } else { 0 };
-    if geometry.extended {
-        out.extend(word.to_be_bytes());
-        out.extend(state.0.to_be_bytes());
-    } else {
-        out.extend((word | if state.zero() != 0 { ALL_ZEROES } else { 0 }).to_be_bytes());
+impl Entry {
+    /// Decodes the L2 entry at the start of `bytes` and checks it against the format. That it lies inside the file is
+    /// the caller's to check.
+    pub(crate) fn decode(geometry: Geometry, bytes: &[u8]) -> Result<Self> {
+        let corrupt = |what: &str| Err(Error::new(ErrorKind::Corrupt, what));
+        let word = be64(bytes, 0);
+        if word & COMPRESSED != 0 {
+            if geometry.external {
+                return corrupt("a compressed cluster in an image whose data is in another file");
+            }
+            // Its descriptor has another form, checked by who reads it. Its bitmap is not used.
+            return Ok(Self { home: Home(word), state: State::new(geometry.all(), 0) });
+        }
+        let standard_zero = !geometry.extended && word & ALL_ZEROES != 0;
+        // "An offset of 0 is the first guest cluster's in an external data file, if bit 63 is set."
+        let placed = word & OFFSET != 0 || (geometry.external && word & COPIED != 0);
+        let state = match geometry.extended {
+            true => State(be64(bytes, 8)),
+            false if standard_zero => State::new(0, 1),
+            false => State::new(u32::from(placed), 0),
+        };
+        let known = OFFSET | COPIED | if geometry.extended { 0 } else { ALL_ZEROES };
+        if word & !known != 0 || (standard_zero && !geometry.zero_flag) {
+            return corrupt("an L2 entry has reserved bits set");
+        }
+        if !geometry.is_aligned(word & OFFSET) {
+            return corrupt("an L2 entry points into the middle of a cluster");
+        }
+        if !state.is_valid() || (state.allocated() != 0 && !placed) {
+            return corrupt("an L2 entry contradicts itself");
+        }
+        Ok(Self { home: if placed { Home(word & (OFFSET | COPIED)) } else { Home::default() }, state })
+    }
+
+    /// Appends the L2 entry to `out` as it is on disk.
+    pub(crate) fn encode(self, geometry: Geometry, out: &mut Vec<u8>) {
+        let Self { home: Home(word), state } = self;
+        if geometry.extended {
+            out.extend(word.to_be_bytes());
+            let bitmap = if self.home.is_compressed() { 0 } else { state.0 };
+            out.extend(bitmap.to_be_bytes());
+        } else {
+            out.extend((word | if state.zero() != 0 { ALL_ZEROES } else { 0 }).to_be_bytes());
+        }
     }
 }
 
@@ -254,8 +278,9 @@ pub(crate) fn encode(geometry: Geometry, home: Home, state: State, out: &mut Vec
 mod tests {
     use super::*;
 
-    const EXTENDED: Geometry = Geometry { capacity: 1 << 30, cluster_bits: 17, extended: true };
-    const STANDARD: Geometry = Geometry { capacity: 1 << 30, cluster_bits: 16, extended: false };
+    const EXTENDED: Geometry =
+        Geometry { capacity: 1 << 30, cluster_bits: 17, extended: true, zero_flag: true, external: false };
+    const STANDARD: Geometry = Geometry { cluster_bits: 16, extended: false, ..EXTENDED };
 
     #[test]
     fn masks_tell_touched_from_covered() {
@@ -270,30 +295,22 @@ mod tests {
     #[test]
     fn entries_come_back_from_their_bytes() {
         for geometry in [EXTENDED, STANDARD] {
-            let settled = Home((geometry.cluster_size() * 9) | COPIED);
+            let all = geometry.all();
+            let (own, shared) = (Home::own(HostOffset(9 << 17)), Home(9 << 17));
             for (home, state) in [
                 (Home::default(), State::default()),
                 (Home::default(), State::new(0, 1)),
-                (settled, State::new(0, 1)),
-                (settled, State::new(1, 0)),
+                (own, State::new(0, 1)),
+                (own, State::new(1, 0)),
+                (shared, State::new(1, 0)),
+                (Home(COMPRESSED | 77), State::new(all, 0)),
             ] {
-                let mut bytes = Vec::new();
-                encode(geometry, home, state, &mut bytes);
+                let (entry, mut bytes) = (Entry { home, state }, Vec::new());
+                entry.encode(geometry, &mut bytes);
                 assert_eq!(bytes.len() as u64, geometry.entry_size());
-                assert_eq!(decode(geometry, &bytes).unwrap(), (home, state));
+                assert_eq!(Entry::decode(geometry, &bytes).unwrap(), entry);
             }
         }
-    }
-
-    #[test]
-    fn a_fresh_home_is_named_only_with_data_in_it() {
-        let fresh = Home::fresh(HostOffset(5 << 17));
-        let mut bytes = Vec::new();
-        encode(EXTENDED, fresh, State::new(0, 1), &mut bytes);
-        assert_eq!(decode(EXTENDED, &bytes).unwrap(), (Home::default(), State::new(0, 1)));
-        bytes.clear();
-        encode(EXTENDED, fresh, State::new(2, 1), &mut bytes);
-        assert_eq!(decode(EXTENDED, &bytes).unwrap(), (fresh.settled(), State::new(2, 1)));
     }
 
     #[test]
@@ -306,20 +323,20 @@ mod tests {
             (9 << 17, 1 | 1 << 32_u64), // both data and zeroes
         ] {
             let bytes = [u64::to_be_bytes(word), u64::to_be_bytes(bitmap)].concat();
-            assert_eq!(
-                decode(EXTENDED, &bytes).unwrap_err().kind(),
-                ErrorKind::Corrupt,
-                "{word:#x} {bitmap:#x}"
-            );
+            let error = Entry::decode(EXTENDED, &bytes).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{word:#x} {bitmap:#x}");
         }
-        let (home, _) = decode(STANDARD, &(COMPRESSED | 77).to_be_bytes()).unwrap();
-        assert_eq!(home.offset().unwrap_err().kind(), ErrorKind::Unsupported);
+        let version_2 = Geometry { zero_flag: false, ..STANDARD };
+        assert!(Entry::decode(version_2, &1_u64.to_be_bytes()).is_err());
     }
 
     #[test]
-    fn states_only_go_forward() {
-        let (zero, data) = (State::new(0, 7), State::new(2, 0));
-        assert_eq!(zero.join(data), State::new(2, 5));
-        assert_eq!(data.join(zero), State::new(2, 5));
+    fn the_first_cluster_of_an_external_file_is_at_zero() {
+        let external = Geometry { external: true, ..STANDARD };
+        let entry = Entry::decode(external, &COPIED.to_be_bytes()).unwrap();
+        assert_eq!((entry.home.offset(), entry.state), (Some(HostOffset(0)), State::new(1, 0)));
+        assert_eq!(Entry::decode(external, &[0; 8]).unwrap(), Entry::default());
+        assert_eq!(Entry::decode(STANDARD, &COPIED.to_be_bytes()).unwrap(), Entry::default());
+        assert!(Entry::decode(external, &COMPRESSED.to_be_bytes()).is_err());
     }
 }

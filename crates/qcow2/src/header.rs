@@ -275,27 +275,6 @@ impl Header {
         Ok(())
     }
 
-    /// Whether the engine can write this image, once it is [repaired](crate::check::repair) if it is dirty; the error
-    /// says why not, and what to do.
-    pub(crate) fn check_writable(&self) -> Result<()> {
-        self.check_intact()?;
-        if self.version != 3 {
-            return Err(unsupported(
-                "writing version 2 images: run `qemu-img amend -o compat=v3` on it first",
-            ));
-        }
-        if self.snapshots != 0 {
-            return Err(unsupported("writing images with internal snapshots"));
-        }
-        if self.refcount_order != 4 {
-            return Err(unsupported(format!(
-                "writing images with {}-bit refcounts",
-                self.refcount_width().bits()
-            )));
-        }
-        Ok(())
-    }
-
     /// Whether anybody may write this image: an image that says of itself that it is broken is left alone.
     pub(crate) fn check_intact(&self) -> Result<()> {
         if self.incompatible & INCOMPATIBLE_CORRUPT != 0 {

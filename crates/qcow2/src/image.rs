@@ -2,18 +2,42 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, Result, Storage, WriteGuard};
 
 use crate::alloc::Allocator;
-use crate::entry::{Geometry, GuestCluster, HostOffset, State};
+use crate::entry::{Entry, Geometry, GuestCluster};
+use crate::epoch::Epochs;
 use crate::flush::{Flushes, ImageFlush};
-use crate::journal::{Journal, Record};
-use crate::pending::{Claim, Claims};
-use crate::table::Tables;
+use crate::journal::Journal;
+use crate::mapping::Mapping;
+use crate::metadata::Metadata;
+use crate::packed::PackedCache;
+use crate::pending::Claims;
+use crate::publish::{Change, Freed};
+
+/// What an image is made of, found and opened by the caller: the names in its header are not looked at.
+#[derive(Clone, Debug)]
+pub struct Parts {
+    /// The image file.
+    pub storage: Arc<dyn Storage>,
+    /// The external data file, for an image that has one.
+    pub data_file: Option<Arc<dyn Storage>>,
+    /// What is beneath.
+    pub backing: Option<Arc<dyn Disk>>,
+    /// Bytes of RAM for entries of the mapping, 16 for each cluster (so 8 KiB at 128 KiB clusters for 64 MiB of disk).
+    pub cache_bytes: u64,
+}
+
+impl Parts {
+    /// An image in one file, with room in RAM for the mapping of some 128 GiB at Frazil's cluster size.
+    pub fn new(storage: Arc<dyn Storage>, backing: Option<Arc<dyn Disk>>) -> Self {
+        Self { storage, data_file: None, backing, cache_bytes: 16 << 20 }
+    }
+}
 
 /// How to open an image.
 #[derive(Debug)]
@@ -22,6 +46,9 @@ pub enum Mode {
     ReadOnly,
     /// For writing, with the image's own journal. What the journal holds is put into the image's tables first.
     Writable(Journal),
+    /// As [`Writable`](Self::Writable), for an image that others know by its runs ([`block::Layer`]) while it changes:
+    /// clusters that are freed keep their bytes, and are not used again before the next opening.
+    Job(Journal),
 }
 
 /// An open qcow2 image, with what is beneath it. See the crate's documentation for the rules it keeps.
@@ -29,13 +56,20 @@ pub struct Image(pub(crate) Arc<Inner>);
 
 /// What an image, its pending writes and its flushes share.
 pub(crate) struct Inner {
+    /// The image file.
     pub(crate) storage: Arc<dyn Storage>,
+    /// Where the guest's data is: the image file, or an external one.
+    pub(crate) data: Arc<dyn Storage>,
+    pub(crate) epochs: Epochs,
     pub(crate) backing: Option<Arc<dyn Disk>>,
+    /// But for the capacity, which may have grown since.
     pub(crate) geometry: Geometry,
-    pub(crate) tables: Tables,
-    /// Where the L1 table is.
-    pub(crate) l1: HostOffset,
-    /// What lies past this position in the file reads as zeroes: the file ends there, and nobody makes it longer.
+    pub(crate) capacity: AtomicU64,
+    pub(crate) mapping: Mapping,
+    pub(crate) packed: PackedCache,
+    /// Bytes of the image file when it was opened, its last cluster filled up.
+    pub(crate) limit: u64,
+    /// What lies past this position in the data file reads as zeroes: the file ends there, and nobody makes it longer.
     pub(crate) readable: u64,
     pub(crate) writer: Option<Writer>,
 }
@@ -43,12 +77,13 @@ pub(crate) struct Inner {
 /// What only a writable image has.
 #[derive(Debug)]
 pub(crate) struct Writer {
-    pub(crate) allocator: Allocator,
     pub(crate) core: Mutex<Core>,
     pub(crate) flushes: Mutex<Flushes>,
     pub(crate) sealed: AtomicBool,
     /// A sync failed: nothing is acknowledged any more.
     pub(crate) failed: AtomicBool,
+    /// Whether freed clusters keep their bytes.
+    pub(crate) keeps_freed: bool,
 }
 
 /// What writes to new room share. Entries change only under its lock.
@@ -56,10 +91,16 @@ pub(crate) struct Writer {
 pub(crate) struct Core {
     pub(crate) claims: Claims,
     pub(crate) journal: Journal,
-    /// The newest published state of each cluster that changed since a flush last took them.
-    pub(crate) dirty: BTreeMap<GuestCluster, State>,
-    /// How many a flush has taken and not yet made durable.
-    pub(crate) unflushed: usize,
+    pub(crate) allocator: Allocator,
+    pub(crate) metadata: Metadata,
+    /// The entries that changed since a flush last took them.
+    pub(crate) dirty: BTreeMap<GuestCluster, Change>,
+    /// What entries named before they changed.
+    pub(crate) freed: Vec<Freed>,
+    /// The entries that a flush has taken and not yet made durable.
+    pub(crate) batch: Arc<BTreeMap<GuestCluster, Entry>>,
+    /// How many flushes have made their batch durable.
+    pub(crate) settled: u64,
 }
 
 impl Writer {
@@ -83,8 +124,13 @@ impl Writer {
 }
 
 impl Inner {
+    /// Bytes of the disk.
+    pub(crate) fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Acquire)
+    }
+
     pub(crate) fn check(&self, range: ByteRange) -> Result<()> {
-        match range.is_within(self.geometry.capacity) {
+        match range.is_within(self.capacity()) {
             true => Ok(()),
             false => Err(Error::new(
                 ErrorKind::OutOfRange,
@@ -93,40 +139,18 @@ impl Inner {
         }
     }
 
-    /// The writer, if `range` may be written now.
-    pub(crate) fn check_writable(&self, range: ByteRange) -> Result<&Writer> {
+    /// The writer, if it may write now.
+    pub(crate) fn writer(&self) -> Result<&Writer> {
         let writer = self.writer.as_ref().filter(|writer| !writer.sealed.load(Ordering::Acquire));
         let writer = writer.ok_or_else(|| Error::new(ErrorKind::ReadOnly, "the image is read-only"))?;
-        writer.check_latch()?;
-        self.check(range)?;
-        Ok(writer)
+        writer.check_latch().map(|()| writer)
     }
 
-    /// Makes new states of clusters visible, all or none, and sure to survive the death of the process. `advance`
-    /// gives a cluster's next state from the one it has.
-    pub(crate) fn publish(
-        &self,
-        core: &mut Core,
-        claims: &[Claim],
-        advance: impl Fn(State, &Claim) -> State,
-    ) -> Result<()> {
-        let mut changes = Vec::with_capacity(claims.len());
-        for claim in claims {
-            let entry = self.tables.entry_for_write(&*self.storage, claim.cluster)?;
-            let (state, home) = (entry.state(), entry.home());
-            let host = if home.is_none() { HostOffset(0) } else { home.writable_offset()? };
-            let next = advance(state, claim);
-            if next != state {
-                changes.push((entry, Record { cluster: claim.cluster, host, state: next }));
-            }
-        }
-        let records: Vec<Record> = changes.iter().map(|(_, record)| *record).collect();
-        core.journal.append(&records)?;
-        for (entry, record) in changes {
-            entry.set_state(record.state);
-            core.dirty.insert(record.cluster, record.state);
-        }
-        Ok(())
+    /// The writer, if `range` may be written now.
+    pub(crate) fn check_writable(&self, range: ByteRange) -> Result<&Writer> {
+        let writer = self.writer()?;
+        self.check(range)?;
+        Ok(writer)
     }
 }
 
@@ -150,14 +174,14 @@ impl Image {
     pub fn pending(&self) -> usize {
         self.0.writer.as_ref().map_or(0, |writer| {
             let core = writer.core();
-            core.dirty.len() + core.unflushed
+            core.dirty.len() + core.batch.len()
         })
     }
 }
 
 impl Disk for Image {
     fn capacity(&self) -> u64 {
-        self.0.geometry.capacity
+        self.0.capacity()
     }
 
     fn read_only(&self) -> bool {

@@ -2,29 +2,37 @@
 //!
 //! It is never synced. What a killed process wrote is in the kernel's page cache and there for its successor; what a
 //! power loss left of it is worthless, and the boot id in its header tells the two apart. Two files take turns: while
-//! a flush writes out what one holds, new records go to the other.
+//! a flush writes out what one holds, new records go to the other. Files are written over, never cut.
 //!
 //! ```text
-//! header   0  "FRAZILJ1"        record   0  guest cluster, u64
-//! 80 bytes 8  boot id, padded   32 bytes 8  host cluster's offset, u64 (0: none)
+//! header   0  "FRAZILJ2"        record   0  guest cluster, u64
+//! 88 bytes 8  boot id, padded   32 bytes 8  first word of its L2 entry, u64 (0: no host cluster)
 //!             with zeroes               16  state as in an extended L2 entry, u64
-//!         72  crc32 of 0..72            24  crc32 of the header's crc32 and 0..24
-//!         76  zero                      28  zero                    (all numbers big-endian)
+//!         72  sequence, u64             24  the record's number in this half, u32
+//!         80  crc32 of 0..80            28  crc32 of 0..28, continuing that of the record before, or the header's
+//!         84  zero                                                (all numbers big-endian)
 //! ```
+//!
+//! A record says all of a cluster's entry, so the last one counts. The half with the lower sequence is the older one. A half
+//! is emptied by a header with a new sequence. Each record's checksum continues that of the one before, and no number is
+//! given twice: so what is left behind by an earlier use of the file, or by an append that failed, does not fit on what
+//! was written since.
 
 use std::sync::Arc;
 
 use block::{Context, Error, ErrorKind, Result, Storage};
 
 use crate::bytes::{be32, be64};
-use crate::entry::{GuestCluster, HostOffset, State};
+use crate::entry::{Entry, GuestCluster, Home, State};
 
-const MAGIC: &[u8; 8] = b"FRAZILJ1";
+const MAGIC: &[u8; 8] = b"FRAZILJ2";
 const BOOT_ID_LEN: usize = 64;
-const HEADER_LEN: usize = 80;
-const HEADER_CRC: usize = 72;
+const HEADER_LEN: usize = 88;
+const SEQUENCE: usize = 72;
+const HEADER_CRC: usize = 80;
 const RECORD_LEN: usize = 32;
-const RECORD_CRC: usize = 24;
+const RECORD_NUMBER: usize = 24;
+const RECORD_CRC: usize = 28;
 /// Records read at a time.
 const CHUNK: u64 = 4096;
 
@@ -32,8 +40,7 @@ const CHUNK: u64 = 4096;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Record {
     pub(crate) cluster: GuestCluster,
-    pub(crate) host: HostOffset,
-    pub(crate) state: State,
+    pub(crate) entry: Entry,
 }
 
 /// The journal of one image: two files that are its own, and the host's boot id.
@@ -42,276 +49,243 @@ pub(crate) struct Record {
 /// until Frazil has opened it with its journal.
 #[derive(Debug)]
 pub struct Journal {
-    header: [u8; HEADER_LEN],
+    boot_id: [u8; BOOT_ID_LEN],
     files: [File; 2],
     /// Which of the files takes new records.
     current: usize,
+    /// The highest ever used.
+    sequence: u64,
+    /// What is to be written, kept for its room.
+    buffer: Vec<u8>,
 }
 
 #[derive(Debug)]
 struct File {
     storage: Arc<dyn Storage>,
-    /// Bytes that count; what lies behind them is of a failed append, or of another boot.
+    /// Bytes that count, zero if there is not even a header; what lies behind them is of an earlier use. Of a file that has
+    /// records when it is opened, only the first is known: it is emptied before anything is appended.
     len: u64,
-    /// Whether there may be bytes behind `len`.
+    /// The sequence in its header.
+    sequence: u64,
+    /// The checksum that the next record's continues.
+    crc: u32,
+    /// The next record's number.
+    number: u32,
+    /// Whether there may be records of a failed append behind `len`.
     torn: bool,
 }
 
 impl Journal {
-    /// The journal in two files as a previous process left it, or new if they are empty. What another boot of the
-    /// host has left is ignored: only synced tables count after that.
+    /// The journal in two files as a previous process left it, or new if they hold none. What another boot of the
+    /// host has left is ignored: only synced tables count after that. Nothing is written yet.
     ///
     /// `boot_id` is at most 64 bytes.
     pub fn open(a: Arc<dyn Storage>, b: Arc<dyn Storage>, boot_id: &str) -> Result<Self> {
-        let header = encode_header(boot_id)?;
-        let files = [File::open(a, &header)?, File::open(b, &header)?];
+        let mut padded = [0; BOOT_ID_LEN];
+        let place = padded.get_mut(..boot_id.len()).filter(|place| !place.is_empty());
+        let place =
+            place.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a boot id has 1 to 64 bytes"))?;
+        place.copy_from_slice(boot_id.as_bytes());
+        let files = [File::open(a, &padded)?, File::open(b, &padded)?];
         // A file with records waits to be written out with the image; new records go to an empty one if there is one.
-        let current = usize::from(files[0].len != 0);
-        Ok(Self { header, files, current })
+        let current = match &files {
+            [a, _] if a.is_empty() => 0,
+            [a, b] => usize::from(b.is_empty() || a.sequence < b.sequence),
+        };
+        // One more than was found, for a header may have been torn that had it.
+        let sequence = files[0].sequence.max(files[1].sequence).saturating_add(1);
+        Ok(Self { boot_id: padded, files, current, sequence, buffer: Vec::new() })
     }
 
     /// A new journal, for a new image: whatever the files held is dropped.
     pub fn create(a: Arc<dyn Storage>, b: Arc<dyn Storage>, boot_id: &str) -> Result<Self> {
-        a.set_len(0)?;
-        b.set_len(0)?;
-        Self::open(a, b, boot_id)
+        let mut journal = Self::open(a, b, boot_id)?;
+        journal.clear().map(|()| journal)
     }
 
-    /// Calls `found` with each record. A record is followed by no other if the process was killed while writing it.
+    /// Calls `found` with each record, in the order in which they were published. A record is followed by no other if
+    /// the process was killed while writing it.
     pub(crate) fn replay(&self, mut found: impl FnMut(Record) -> Result<()>) -> Result<()> {
-        for file in &self.files {
-            file.replay(&self.header, &mut found).context(|| "read the journal")?;
-        }
-        Ok(())
+        let [a, b] = &self.files;
+        let ordered = if a.sequence <= b.sequence { [a, b] } else { [b, a] };
+        ordered.iter().try_for_each(|file| file.replay(&mut found)).context(|| "read the journal")
     }
 
     /// Adds records: once it returns they survive the death of the process. On an error none of them does.
-    pub(crate) fn append(&mut self, records: &[Record]) -> Result<()> {
-        let Self { header, files, current } = self;
-        let Some(file) = files.get_mut(*current).filter(|_| !records.is_empty()) else { return Ok(()) };
-        let mut bytes = if file.len == 0 { header.to_vec() } else { Vec::new() };
-        records.iter().for_each(|record| encode_record(*record, header, &mut bytes));
-        file.append(&bytes).context(|| "write the journal")
+    pub(crate) fn append(&mut self, records: impl ExactSizeIterator<Item = Record>) -> Result<()> {
+        let Self { boot_id, files, current, sequence, buffer } = self;
+        let Some(file) = files.get_mut(*current).filter(|_| records.len() > 0) else { return Ok(()) };
+        buffer.clear();
+        if file.is_empty() {
+            *sequence += 1;
+            file.begin(boot_id, *sequence, buffer);
+            file.len = 0;
+        }
+        file.append(records, buffer).context(|| "write the journal")
     }
 
-    /// A flush takes what was published so far: later records go to the other file. If that one still holds what an
-    /// earlier flush failed to write out, the current one goes on. So it does if there may be records of a failed append
-    /// in it: the next append takes them away, lest a replay joins them with what was published after them.
-    pub(crate) fn rotate(&mut self) {
+    /// A flush takes what was published so far: later records go to the other file, and `true` is returned. If that one
+    /// still holds what an earlier flush failed to write out, the current one goes on. So it does if there may be records of a
+    /// failed append in it: the next append takes them away, lest a replay takes them for good.
+    pub(crate) fn rotate(&mut self) -> bool {
         let other = 1 - self.current;
         let torn = self.files.get(self.current).is_some_and(|file| file.torn);
-        if !torn && self.files.get(other).is_some_and(|file| file.len == 0) {
+        let turns = !torn && self.files.get(other).is_some_and(File::is_empty);
+        if turns {
             self.current = other;
         }
+        turns
     }
 
     /// What was published before the last [`rotate`](Self::rotate) is in the image's tables, durably.
     pub(crate) fn drop_older(&mut self) -> Result<()> {
-        self.files.get_mut(1 - self.current).map_or(Ok(()), File::clear)
+        self.empty(1 - self.current)
     }
 
-    /// All that was published is in the image's tables, durably.
+    /// All that was published is in the image's tables, durably. The older half goes first: on its own it would bring
+    /// back what the newer one says is no more.
     pub(crate) fn clear(&mut self) -> Result<()> {
-        self.files.iter_mut().try_for_each(File::clear)
+        self.drop_older()?;
+        self.empty(self.current)
+    }
+
+    fn empty(&mut self, index: usize) -> Result<()> {
+        let Self { boot_id, files, sequence, buffer, .. } = self;
+        match files.get_mut(index) {
+            Some(file) if !file.is_empty() || file.torn => {
+                *sequence += 1;
+                buffer.clear();
+                file.begin(boot_id, *sequence, buffer);
+                file.empty(buffer).context(|| "empty the journal")
+            }
+            _ => Ok(()),
+        }
     }
 }
 
 impl File {
-    fn open(storage: Arc<dyn Storage>, header: &[u8; HEADER_LEN]) -> Result<Self> {
-        let len = storage.len()?;
+    fn open(storage: Arc<dyn Storage>, boot_id: &[u8; BOOT_ID_LEN]) -> Result<Self> {
         let mut found = [0; HEADER_LEN];
-        if len >= HEADER_LEN as u64 {
+        if storage.len()? >= HEADER_LEN as u64 {
             storage.read_at(&mut found, 0)?;
         }
-        let ours = &found == header;
-        Ok(Self { storage, len: if ours { len } else { 0 }, torn: !ours && len != 0 })
+        let (sequence, crc) = (be64(&found, SEQUENCE), be32(&found, HEADER_CRC));
+        let mut ours = Vec::new();
+        encode_header(boot_id, sequence, &mut ours);
+        let mut file = Self { storage, len: 0, sequence: 0, crc: 0, number: 0, torn: false };
+        if ours == found {
+            (file.sequence, file.crc, file.len) = (sequence, crc, HEADER_LEN as u64);
+            let mut first = [0; RECORD_LEN];
+            if file.storage.len()? >= (HEADER_LEN + RECORD_LEN) as u64 {
+                file.storage.read_at(&mut first, HEADER_LEN as u64)?;
+            }
+            if decode_record(&first, crc).is_some() {
+                file.len += RECORD_LEN as u64;
+            }
+        }
+        Ok(file)
     }
 
-    fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.torn {
-            // Records of a failed append must not be taken for good behind the new ones.
-            self.storage.set_len(self.len)?;
+    fn is_empty(&self) -> bool {
+        self.len <= HEADER_LEN as u64
+    }
+
+    /// What is written next, from the file's start on, begins with a new header: appends it to `buffer`.
+    fn begin(&mut self, boot_id: &[u8; BOOT_ID_LEN], sequence: u64, buffer: &mut Vec<u8>) {
+        encode_header(boot_id, sequence, buffer);
+        (self.sequence, self.crc, self.number) = (sequence, be32(buffer, HEADER_CRC), 0);
+    }
+
+    /// Writes `buffer`, which has what comes before the records, and them.
+    fn append(&mut self, records: impl Iterator<Item = Record>, buffer: &mut Vec<u8>) -> Result<()> {
+        let mut crc = self.crc;
+        for record in records {
+            crc = encode_record(record, self.number, crc, buffer);
+            self.number = self.number.wrapping_add(1);
         }
-        self.torn = true;
-        let written = self.storage.write_at(bytes, self.len);
+        let written = self.storage.write_at(buffer, self.len);
         match written {
-            Ok(()) => (self.len, self.torn) = (self.len + bytes.len() as u64, false),
+            Ok(()) => {
+                (self.len, self.crc, self.torn) = (self.len + buffer.len() as u64, crc, false);
+            }
             // At once, for there may be no next append before the process is killed.
-            Err(_) => self.torn = self.storage.set_len(self.len).is_err(),
+            Err(_) => {
+                let records = self.len.max(HEADER_LEN as u64);
+                self.torn = self.storage.write_at(&[0; RECORD_LEN], records).is_err();
+            }
         }
         written
     }
 
-    fn clear(&mut self) -> Result<()> {
-        if self.len != 0 || self.torn {
-            self.storage.set_len(0)?;
-            (self.len, self.torn) = (0, false);
-        }
+    /// Writes only the new header that is in `buffer`.
+    fn empty(&mut self, buffer: &[u8]) -> Result<()> {
+        // Until it is written nobody knows which header there is.
+        self.torn = true;
+        self.storage.write_at(buffer, 0)?;
+        (self.len, self.torn) = (buffer.len() as u64, false);
         Ok(())
     }
 
-    fn replay(&self, header: &[u8; HEADER_LEN], found: &mut impl FnMut(Record) -> Result<()>) -> Result<()> {
-        let mut offset = HEADER_LEN as u64;
+    fn replay(&self, found: &mut impl FnMut(Record) -> Result<()>) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let (end, mut offset, mut crc) = (self.storage.len()?, HEADER_LEN as u64, self.crc);
         let mut buffer = Vec::new();
         loop {
-            let records = (self.len.saturating_sub(offset) / RECORD_LEN as u64).min(CHUNK);
+            let records = (end.saturating_sub(offset) / RECORD_LEN as u64).min(CHUNK);
             if records == 0 {
                 return Ok(());
             }
             buffer.resize(records as usize * RECORD_LEN, 0);
             self.storage.read_at(&mut buffer, offset)?;
             for bytes in buffer.chunks_exact(RECORD_LEN) {
-                match decode_record(bytes, header) {
+                match decode_record(bytes, crc) {
                     Some(record) => found(record)?,
                     None => return Ok(()),
                 }
+                crc = be32(bytes, RECORD_CRC);
             }
             offset += buffer.len() as u64;
         }
     }
 }
 
-fn encode_header(boot_id: &str) -> Result<[u8; HEADER_LEN]> {
-    let mut header = [0; HEADER_LEN];
-    let (magic, rest) = header.split_at_mut(MAGIC.len());
-    magic.copy_from_slice(MAGIC);
-    let place = rest.get_mut(..boot_id.len()).filter(|_| (1..=BOOT_ID_LEN).contains(&boot_id.len()));
-    let place = place.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "a boot id has 1 to 64 bytes"))?;
-    place.copy_from_slice(boot_id.as_bytes());
-    let crc = crc32fast::hash(&header[..HEADER_CRC]);
-    header[HEADER_CRC..HEADER_CRC + 4].copy_from_slice(&crc.to_be_bytes());
-    Ok(header)
-}
-
-fn record_crc(body: &[u8], header: &[u8; HEADER_LEN]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&header[HEADER_CRC..HEADER_CRC + 4]);
-    hasher.update(body);
-    hasher.finalize()
-}
-
-fn encode_record(record: Record, header: &[u8; HEADER_LEN], out: &mut Vec<u8>) {
+fn encode_header(boot_id: &[u8; BOOT_ID_LEN], sequence: u64, out: &mut Vec<u8>) {
     let start = out.len();
-    for word in [record.cluster.0, record.host.0, record.state.0] {
-        out.extend(word.to_be_bytes());
-    }
-    let crc = record_crc(&out[start..], header);
+    out.extend(MAGIC);
+    out.extend(boot_id);
+    out.extend(sequence.to_be_bytes());
+    let crc = crc32fast::hash(out.get(start..).unwrap_or(&[]));
     out.extend(crc.to_be_bytes());
     out.extend([0; 4]);
 }
 
-fn decode_record(bytes: &[u8], header: &[u8; HEADER_LEN]) -> Option<Record> {
+/// The checksum of a record's bytes before it, continuing that of the one before.
+fn record_crc(body: &[u8], before: u32) -> u32 {
+    let mut hasher = crc32fast::Hasher::new_with_initial(before);
+    hasher.update(body);
+    hasher.finalize()
+}
+
+fn encode_record(record: Record, number: u32, before: u32, out: &mut Vec<u8>) -> u32 {
+    let mut body = [0; RECORD_CRC];
+    body[..8].copy_from_slice(&record.cluster.0.to_be_bytes());
+    body[8..16].copy_from_slice(&record.entry.home.0.to_be_bytes());
+    body[16..RECORD_NUMBER].copy_from_slice(&record.entry.state.0.to_be_bytes());
+    body[RECORD_NUMBER..].copy_from_slice(&number.to_be_bytes());
+    let crc = record_crc(&body, before);
+    out.extend(body);
+    out.extend(crc.to_be_bytes());
+    crc
+}
+
+fn decode_record(bytes: &[u8], before: u32) -> Option<Record> {
     let body = bytes.get(..RECORD_CRC)?;
-    (be32(bytes, RECORD_CRC) == record_crc(body, header)).then(|| Record {
-        cluster: GuestCluster(be64(body, 0)),
-        host: HostOffset(be64(body, 8)),
-        state: State(be64(body, 16)),
-    })
+    let entry = Entry { home: Home(be64(body, 8)), state: State(be64(body, 16)) };
+    (be32(bytes, RECORD_CRC) == record_crc(body, before))
+        .then(|| Record { cluster: GuestCluster(be64(body, 0)), entry })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use block::testing::{FaultStorage, MemStorage};
-
-    fn record(n: u64) -> Record {
-        Record { cluster: GuestCluster(n), host: HostOffset(n << 16), state: State(n) }
-    }
-
-    fn records(journal: &Journal) -> Vec<u64> {
-        let mut all = Vec::new();
-        let collect = |record: Record| {
-            all.push(record.cluster.0);
-            Ok(())
-        };
-        journal.replay(collect).unwrap();
-        all
-    }
-
-    fn file() -> Arc<FaultStorage> {
-        Arc::new(FaultStorage::new(MemStorage::default()))
-    }
-
-    #[test]
-    fn records_come_back_on_the_same_boot_only() {
-        let (a, b) = (file(), file());
-        let mut journal = Journal::open(a.clone(), b.clone(), "one").unwrap();
-        journal.append(&[record(1), record(2)]).unwrap();
-        journal.rotate();
-        journal.append(&[record(3)]).unwrap();
-        assert_eq!(records(&Journal::open(a.clone(), b.clone(), "one").unwrap()), [1, 2, 3]);
-        assert_eq!(records(&Journal::open(a.clone(), b.clone(), "two").unwrap()), []);
-        journal.drop_older().unwrap();
-        assert_eq!(records(&Journal::open(a.clone(), b.clone(), "one").unwrap()), [3]);
-        // The other boot's records go once there are new ones.
-        let mut other = Journal::open(a.clone(), b.clone(), "two").unwrap();
-        other.append(&[record(4)]).unwrap();
-        other.rotate();
-        other.append(&[record(5)]).unwrap();
-        assert_eq!(records(&Journal::open(a, b, "two").unwrap()), [4, 5]);
-    }
-
-    #[test]
-    fn a_torn_record_ends_the_replay() {
-        let (a, b) = (file(), file());
-        let mut journal = Journal::open(a.clone(), b.clone(), "one").unwrap();
-        journal.append(&[record(1), record(2), record(3)]).unwrap();
-        a.write_at(&[9], (HEADER_LEN + RECORD_LEN + 3) as u64).unwrap();
-        assert_eq!(records(&Journal::open(a.clone(), b.clone(), "one").unwrap()), [1]);
-        a.set_len((HEADER_LEN + RECORD_LEN - 1) as u64).unwrap();
-        assert_eq!(records(&Journal::open(a, b, "one").unwrap()), []);
-    }
-
-    #[test]
-    fn a_failed_append_leaves_nothing_behind_the_next_one() {
-        let (a, b) = (file(), file());
-        let mut journal = Journal::open(a.clone(), b.clone(), "one").unwrap();
-        journal.append(&[record(1)]).unwrap();
-        // The write fails after its bytes went down.
-        let mut bytes = Vec::new();
-        [2, 3].into_iter().for_each(|n| encode_record(record(n), &journal.header, &mut bytes));
-        a.write_at(&bytes, journal.files[0].len).unwrap();
-        a.fail_writes(1);
-        journal.append(&[record(2), record(3)]).unwrap_err();
-        assert_eq!(records(&Journal::open(a.clone(), b.clone(), "one").unwrap()), [1]);
-        journal.append(&[record(4)]).unwrap();
-        assert_eq!(records(&Journal::open(a, b, "one").unwrap()), [1, 4]);
-    }
-
-    /// A write failed in the middle of its records. Nobody knows them, so no replay may, whatever happens in between:
-    /// a state that never was would win over those that came later.
-    #[test]
-    fn a_failed_append_is_not_left_behind_in_the_other_half() {
-        for before in [0, 1] {
-            let (a, b) = (file(), file());
-            let mut journal = Journal::open(a.clone(), b.clone(), "one").unwrap();
-            (0..before).for_each(|n| journal.append(&[record(n)]).unwrap());
-            let mut bytes = if before == 0 { journal.header.to_vec() } else { Vec::new() };
-            encode_record(record(7), &journal.header, &mut bytes);
-            a.write_at(&bytes, journal.files[0].len).unwrap();
-            // Cutting it off fails as well.
-            a.limit_len(0);
-            journal.append(&[record(7), record(8)]).unwrap_err();
-            a.limit_len(u64::MAX);
-            journal.rotate();
-            journal.append(&[record(9)]).unwrap();
-            let found = records(&Journal::open(a, b, "one").unwrap());
-            assert!(found.contains(&9) && !found.contains(&7), "{found:?}");
-        }
-    }
-
-    #[test]
-    fn a_failed_flush_keeps_its_records() {
-        let (a, b) = (file(), file());
-        let mut journal = Journal::open(a.clone(), b.clone(), "one").unwrap();
-        journal.append(&[record(1)]).unwrap();
-        journal.rotate();
-        journal.append(&[record(2)]).unwrap();
-        // The flush failed and is tried again: nothing may be dropped but what it then writes out.
-        journal.rotate();
-        journal.append(&[record(3)]).unwrap();
-        assert_eq!(records(&Journal::open(a.clone(), b.clone(), "one").unwrap()), [1, 2, 3]);
-        journal.drop_older().unwrap();
-        assert_eq!(records(&Journal::open(a, b, "one").unwrap()), [2, 3]);
-    }
-}
+mod tests;

@@ -46,10 +46,10 @@ mod alloc;
 mod bitmaps;
 mod bytes;
 mod check;
-#[allow(dead_code, reason = "the engine is about to use it")]
 mod compressed;
 mod create;
 mod entry;
+mod epoch;
 #[allow(dead_code, reason = "the engine is about to use it")]
 mod extensions;
 mod flush;
@@ -60,17 +60,21 @@ mod header;
 mod header_update;
 mod image;
 mod journal;
+mod mapping;
 mod metadata;
 mod open;
+mod packed;
 mod pending;
+mod publish;
 mod read;
-#[allow(dead_code, reason = "the engine is about to use it")]
+mod recover;
 mod refcount_bits;
-#[allow(dead_code, reason = "the engine is about to use it")]
+mod refcounts;
+mod slices;
 mod snapshots;
-mod table;
 #[cfg(test)]
 mod testing;
+mod work;
 mod write;
 mod zero;
 
@@ -78,5 +82,5 @@ pub use check::{Report, check};
 pub use create::{CreateOptions, create};
 pub use header::Header;
 pub use header_update::set_backing;
-pub use image::{Image, Mode};
+pub use image::{Image, Mode, Parts};
 pub use journal::Journal;

@@ -1,62 +1,63 @@
-//! Opening: reading what is there, and finishing what a killed process left in its journal.
+//! Opening: reading what is there, and checking that it can be what it says.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
-use block::{Context, Disk, Error, ErrorKind, Result, Storage};
+use block::{Context, Error, ErrorKind, Result, Storage};
 
-use crate::alloc::{Allocator, Refcounts};
+use crate::alloc::Allocator;
 use crate::check::repair;
-use crate::entry::Home;
+use crate::entry::Geometry;
+use crate::epoch::Epochs;
 use crate::flush::Flushes;
-use crate::header::Header;
-use crate::header_update::write_autoclear;
-use crate::image::{Core, Image, Inner, Mode, Writer};
-use crate::journal::{Journal, Record};
+use crate::header::{AUTOCLEAR_BITMAPS, Header};
+use crate::header_update;
+use crate::image::{Core, Image, Inner, Mode, Parts, Writer};
+use crate::journal::Journal;
+use crate::mapping::Mapping;
 use crate::metadata::Metadata;
+use crate::packed::PackedCache;
 use crate::pending::Claims;
-use crate::table::Tables;
+use crate::refcounts::Refcounts;
+use crate::snapshots::Snapshots;
+use crate::work::Work;
 
 impl Image {
-    /// Opens the image in `storage` over `backing`, which the caller has found and opened: the header's name of it is
-    /// not looked at.
+    /// Opens the image of these parts, which the caller has found and opened.
     ///
     /// For writing, what the journal holds is first written into the image and synced, and the journal is emptied;
     /// this may take as long as a flush. Reading an image whose journal was never written out (a layer whose process
     /// was killed) would miss the last writes: open it for writing first.
     ///
-    /// Errors: as [`Header::read`]; [`ErrorKind::Unsupported`] if it can be read but not written.
-    pub fn open(storage: Arc<dyn Storage>, backing: Option<Arc<dyn Disk>>, mode: Mode) -> Result<Self> {
-        let header = Header::read(&*storage)?;
-        if header.has_data_file {
-            return Err(Error::new(ErrorKind::Unsupported, "qcow2 images with an external data file"));
+    /// Errors: as [`Header::read`]; [`ErrorKind::InvalidInput`] if there is a data file too many or too few;
+    /// [`ErrorKind::Unsupported`] if it can be read but not written.
+    pub fn open(parts: Parts, mode: Mode) -> Result<Self> {
+        let mut header = Header::read(&*parts.storage)?;
+        if header.has_data_file != parts.data_file.is_some() {
+            let story = match header.has_data_file {
+                true => "the image has its data in an external file, which is missing",
+                false => "the image has no external data file",
+            };
+            return Err(Error::new(ErrorKind::InvalidInput, story));
         }
+        if !matches!(mode, Mode::ReadOnly) {
+            header = repaired(&*parts.storage, header)?;
+        }
+        let geometry =
+            Geometry { zero_flag: header.version >= 3, external: header.has_data_file, ..header.geometry() };
         match mode {
-            Mode::ReadOnly => open_read_only(storage, backing, &header),
-            Mode::Writable(journal) => {
-                let header = repaired(&*storage, header)?;
-                open_writable(storage, backing, &header, journal)
-            }
+            Mode::ReadOnly => open_read_only(parts, &header, geometry),
+            Mode::Writable(journal) => open_writable(parts, &header, geometry, journal, false),
+            Mode::Job(journal) => open_writable(parts, &header, geometry, journal, true),
         }
     }
-}
-
-fn open_read_only(
-    storage: Arc<dyn Storage>,
-    backing: Option<Arc<dyn Disk>>,
-    header: &Header,
-) -> Result<Image> {
-    let tables = Tables::open(&*storage, header.geometry(), header.l1, None)?;
-    let readable = storage.len()?;
-    let geometry = header.geometry();
-    Ok(Image(Arc::new(Inner { storage, backing, geometry, tables, l1: header.l1, readable, writer: None })))
 }
 
 /// The header of the image, once its refcounts are true. If its last writer counted lazily and was killed, they are
 /// repaired first, which takes a look at all of its tables.
 fn repaired(storage: &dyn Storage, header: Header) -> Result<Header> {
-    header.check_writable()?;
+    header.check_intact()?;
     if !header.is_dirty() {
         return Ok(header);
     }
@@ -64,93 +65,104 @@ fn repaired(storage: &dyn Storage, header: Header) -> Result<Header> {
     Header::read(storage)
 }
 
-fn open_writable(
-    storage: Arc<dyn Storage>,
-    backing: Option<Arc<dyn Disk>>,
+fn open_read_only(parts: Parts, header: &Header, geometry: Geometry) -> Result<Image> {
+    let readable = parts.data_file.as_ref().unwrap_or(&parts.storage).len()?;
+    assemble(parts, header, geometry, readable, None)
+}
+
+fn assemble(
+    parts: Parts,
     header: &Header,
-    journal: Journal,
+    geometry: Geometry,
+    readable: u64,
+    writer: Option<Writer>,
 ) -> Result<Image> {
-    let geometry = header.geometry();
+    let Parts { storage, data_file, backing, cache_bytes } = parts;
+    let limit = storage.len()?.next_multiple_of(geometry.cluster_size());
+    let mapping = Mapping::open(&*storage, geometry, header.l1, limit, cache_bytes)?;
+    let data = data_file.unwrap_or_else(|| Arc::clone(&storage));
+    Ok(Image(Arc::new(Inner {
+        epochs: Epochs::new(Arc::clone(&data)),
+        storage,
+        data,
+        backing,
+        geometry,
+        capacity: AtomicU64::new(header.capacity),
+        mapping,
+        packed: PackedCache::new(header.compression),
+        limit,
+        readable,
+        writer,
+    })))
+}
+
+fn open_writable(
+    parts: Parts,
+    header: &Header,
+    geometry: Geometry,
+    journal: Journal,
+    keeps_freed: bool,
+) -> Result<Image> {
+    let storage = Arc::clone(&parts.storage);
     let mut metadata = Metadata::new(geometry);
-    let l1_clusters = (geometry.tables() * 8).div_ceil(geometry.cluster_size());
-    metadata.add(header.l1, l1_clusters)?;
-    let refcounts = Refcounts::open(&*storage, header, &mut metadata)?;
-    let tables = Tables::open(&*storage, geometry, header.l1, Some(metadata))?;
-    let file_len = storage.len()?;
-    if !geometry.is_aligned(file_len) {
-        // QEMU may leave the last cluster short; from now on the file is as long as its clusters.
-        storage.set_len(file_len.next_multiple_of(geometry.cluster_size()))?;
+    let clusters = |bytes: u64| bytes.div_ceil(geometry.cluster_size());
+    metadata.add(header.l1, clusters(u64::from(header.l1_entries) * 8))?;
+    let refcounts = Refcounts::open(&*storage, header, |at, count| metadata.add(at, count))?;
+    let snapshots = Snapshots::read(&*storage, header)?;
+    metadata.add(snapshots.at, clusters(snapshots.len))?;
+    for table in &snapshots.tables {
+        metadata.add(table.at, clusters(u64::from(table.entries) * 8))?;
     }
-    if header.autoclear != 0 {
+    fill_up(&parts, header, geometry)?;
+    let kept = header.kept_autoclear() & !AUTOCLEAR_BITMAPS;
+    if header.autoclear != kept {
         // "Software that does not know the meaning of such a bit clears it when it writes": what the bits vouch for
-        // (persistent bitmaps) would not know of our writes. It must not be vouched for after a power loss either.
-        write_autoclear(&*storage, 0)?;
+        // would not know of our writes. It must not be vouched for after a power loss either.
+        header_update::write_autoclear(&*storage, kept)?;
         storage.sync()?;
     }
-    let allocator = Allocator::new(geometry, file_len, &refcounts);
-    let core = Core { claims: Claims::default(), journal, dirty: BTreeMap::new(), unflushed: 0 };
+    let limit = Refcounts::limit(geometry, header.refcount_width());
+    let core = Core {
+        claims: Claims::default(),
+        journal,
+        allocator: Allocator::new(geometry, storage.len()?, limit, !keeps_freed),
+        metadata,
+        dirty: BTreeMap::new(),
+        freed: Vec::new(),
+        batch: Arc::default(),
+        settled: 0,
+    };
     let writer = Writer {
-        allocator,
         core: Mutex::new(core),
-        flushes: Mutex::new(Flushes::new(refcounts)),
+        flushes: Mutex::new(Flushes::new(Work::new(refcounts, header.l1))),
         sealed: AtomicBool::new(false),
         failed: AtomicBool::new(false),
+        keeps_freed,
     };
-    let (l1, readable, writer) = (header.l1, u64::MAX, Some(writer));
-    let image = Image(Arc::new(Inner { storage, backing, geometry, tables, l1, readable, writer }));
-    image.recover().context(|| "finish what the journal holds")?;
+    let image = assemble(parts, header, geometry, u64::MAX, Some(writer))?;
+    image.0.add_tables()?;
+    image.0.recover().context(|| "finish what the journal holds")?;
     Ok(image)
 }
 
-impl Image {
-    /// Applies the journal to the tables in RAM, and flushes them.
-    fn recover(&self) -> Result<()> {
-        let Some(writer) = &self.0.writer else { return Ok(()) };
-        {
-            let mut core = writer.core();
-            let Core { journal, dirty, .. } = &mut *core;
-            journal.replay(|record| {
-                let state = self.0.replay(writer, record)?;
-                dirty.insert(record.cluster, state);
-                Ok(())
-            })?;
-        }
-        if !self.is_clean() {
-            self.flush().run()?;
-        }
-        writer.core().journal.clear()
+/// QEMU may leave the last cluster of a file short. From now on files are as long as their clusters.
+fn fill_up(parts: &Parts, header: &Header, geometry: Geometry) -> Result<()> {
+    let len = parts.storage.len()?;
+    if !geometry.is_aligned(len) {
+        parts.storage.set_len(len.next_multiple_of(geometry.cluster_size()))?;
+    }
+    match &parts.data_file {
+        Some(data) if data.len()? < header.capacity => data.set_len(header.capacity),
+        _ => Ok(()),
     }
 }
 
 impl Inner {
-    fn replay(&self, writer: &Writer, record: Record) -> Result<crate::entry::State> {
-        let wrong =
-            |why: &str| Error::new(ErrorKind::Corrupt, format!("the journal is not this image's: {why}"));
-        if record.cluster.0 >= self.geometry.clusters() {
-            return Err(wrong("a cluster past the end"));
-        }
-        let entry = self.tables.entry_for_write(&*self.storage, record.cluster)?;
-        let home = entry.home();
-        if record.host.0 != 0 {
-            let countable = writer.allocator.skip(record.host);
-            let holds_data = record.state.allocated() != 0;
-            if !countable || !self.tables.can_be_data(record.host, holds_data) {
-                return Err(wrong("data where it can have none"));
-            }
-            if home.is_none() {
-                entry.set_home(Home::fresh(record.host));
-            } else if home.offset()? != record.host {
-                return Err(wrong("a cluster is elsewhere"));
-            }
-        }
-        let valid = if self.geometry.extended { u32::MAX } else { 1 };
-        let state = entry.state().join(record.state);
-        if (state.allocated() | state.zero()) & !valid != 0
-            || (state.allocated() != 0 && entry.home().is_none())
-        {
-            return Err(wrong("an impossible state"));
-        }
-        entry.set_state(state);
-        Ok(state)
+    /// Tells the set of metadata of the L2 tables.
+    fn add_tables(&self) -> Result<()> {
+        let Some(writer) = &self.writer else { return Ok(()) };
+        let mut core = writer.core();
+        let l1 = self.mapping.l1();
+        l1.iter().filter_map(|entry| entry.table()).try_for_each(|at| core.metadata.add(at, 1))
     }
 }

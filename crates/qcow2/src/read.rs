@@ -1,10 +1,11 @@
-//! Reading: from a range of the disk to where its bytes are. No locks, but to load a table the first time.
+//! Reading: from a range of the disk to where its bytes are.
 
 use std::sync::Arc;
 
 use block::{ByteRange, Error, ErrorKind, Extent, Layer, Place, Result, Run, Source, Storage, read_disk};
 
-use crate::entry::{GuestCluster, State};
+use crate::entry::{Entry, GuestCluster, State};
+use crate::epoch::Epoch;
 use crate::image::{Image, Inner};
 
 impl Layer for Image {
@@ -12,66 +13,107 @@ impl Layer for Image {
         self.0.check(range)?;
         match range.len {
             0 => Err(Error::new(ErrorKind::InvalidInput, "an empty range has no runs")),
-            _ => self.0.run_at(range),
+            _ => self.0.run_at(range).map(|found| Run {
+                range: ByteRange { offset: range.offset, len: found.len },
+                place: found.place,
+            }),
         }
     }
 
     fn data(&self) -> Arc<dyn Storage> {
-        Arc::clone(&self.0.storage)
+        Arc::clone(&self.0.data)
     }
+}
+
+/// A run of bytes of which the entries say the same.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Found {
+    pub(crate) len: u64,
+    pub(crate) place: Place,
+    /// Whether data may be written where it is.
+    pub(crate) own: bool,
 }
 
 impl Inner {
     pub(crate) fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<()> {
+        // Before any entry is looked at, and until the extents have it.
+        let epoch = self.epochs.now();
         let mut rest = range;
         while rest.len > 0 {
-            let run = self.run_at(rest)?;
-            match run.place {
-                Place::Absent => self.resolve_below(run.range, out)?,
-                Place::Zero => out.push(Extent { len: run.range.len, source: Source::Zero }),
-                Place::Data(offset) => self.push_data(offset, run.range.len, out),
-                Place::Packed => return Err(Error::new(ErrorKind::Unsupported, "compressed qcow2 clusters")),
+            let found = self.run_at(rest)?;
+            let run = ByteRange { offset: rest.offset, len: found.len };
+            match found.place {
+                Place::Absent => self.resolve_below(run, out)?,
+                Place::Zero => out.push(Extent { len: run.len, source: Source::Zero }),
+                Place::Data(offset) => self.push_data(&epoch, offset, run.len, out),
+                Place::Packed => self.resolve_packed(run, out)?,
             }
-            rest = after(rest, run.range.len);
+            rest = after(rest, run.len);
         }
         Ok(())
     }
 
     /// The longest run at the start of `range`, which is not empty and inside the disk.
-    pub(crate) fn run_at(&self, range: ByteRange) -> Result<Run> {
-        let (mut len, place) = self.piece_at(range)?;
-        while len < range.len {
-            let (more, next) = self.piece_at(after(range, len))?;
-            if !place.goes_on(len, next) {
+    pub(crate) fn run_at(&self, range: ByteRange) -> Result<Found> {
+        let mut found = self.run_in_slice(range)?;
+        while found.len < range.len {
+            let more = self.run_in_slice(after(range, found.len))?;
+            if !found.goes_on(&more) {
                 break;
             }
-            len += more;
+            found.len += more.len;
         }
-        Ok(Run { range: ByteRange { offset: range.offset, len }, place })
+        Ok(found)
     }
 
-    /// A run at the start of `range` that does not look beyond one cluster, or one table that there is not.
-    fn piece_at(&self, range: ByteRange) -> Result<(u64, Place)> {
+    /// A run at the start of `range` that does not look beyond one slice, or one table that there is not.
+    fn run_in_slice(&self, range: ByteRange) -> Result<Found> {
         let cluster = self.geometry.cluster_at(range.offset);
-        let Some(entry) = self.tables.entry(&*self.storage, cluster)? else {
-            return Ok((self.table_end(cluster).min(range.end()) - range.offset, Place::Absent));
-        };
-        let state = entry.state();
+        self.look(cluster, |entries| {
+            if entries.is_empty() {
+                let len = (self.table_end(cluster).min(range.end()) - range.offset).min(range.len);
+                return Found { len, place: Place::Absent, own: false };
+            }
+            let mut run: Option<Found> = None;
+            let mut rest = range;
+            for entry in entries {
+                loop {
+                    let more = self.run_in_cluster(*entry, rest);
+                    match &mut run {
+                        None => run = Some(more),
+                        Some(run) if run.goes_on(&more) => run.len += more.len,
+                        Some(run) => return *run,
+                    }
+                    rest = after(rest, more.len);
+                    if rest.len == 0 || self.geometry.is_aligned(rest.offset) {
+                        break;
+                    }
+                }
+                if rest.len == 0 {
+                    break;
+                }
+            }
+            run.unwrap_or(Found { len: range.len, place: Place::Absent, own: false })
+        })
+    }
+
+    /// The run at the start of `range` of the cluster there, which has this entry.
+    fn run_in_cluster(&self, entry: Entry, range: ByteRange) -> Found {
         let bits = self.geometry.subcluster_bits();
         let inside = range.offset & (self.geometry.cluster_size() - 1);
         let first = (inside >> bits) as u32;
-        let (kind, alike) = kind_at(state, first);
+        let (kind, alike) = kind_at(entry.state, first);
         // A standard cluster has one subcluster, so only its first bit speaks.
         let count =
             if self.geometry.extended { (!(alike >> first)).trailing_zeros().min(32 - first) } else { 1 };
         let len = ((u64::from(first + count) << bits) - inside).min(range.len);
-        let place = match kind {
-            // Loaded after the state, see `table`.
-            Kind::Data => Place::Data(entry.home().offset()?.0 + inside),
-            Kind::Zero => Place::Zero,
-            Kind::Absent => Place::Absent,
+        let place = match (kind, entry.home.offset()) {
+            (Kind::Data, Some(at)) => Place::Data(at.0 + inside),
+            (Kind::Data, None) => Place::Packed,
+            (Kind::Zero, _) => Place::Zero,
+            (Kind::Absent, _) => Place::Absent,
         };
-        Ok((len, place))
+        Found { len, place, own: entry.home.is_own() }
     }
 
     fn table_end(&self, cluster: GuestCluster) -> u64 {
@@ -80,12 +122,11 @@ impl Inner {
         end.saturating_mul(self.geometry.cluster_size())
     }
 
-    fn push_data(&self, offset: u64, len: u64, out: &mut Vec<Extent>) {
+    fn push_data(&self, epoch: &Arc<Epoch>, offset: u64, len: u64, out: &mut Vec<Extent>) {
         // QEMU may leave the last cluster of a file shorter than it is; what is missing reads as zeroes.
         let there = self.readable.saturating_sub(offset).min(len);
         if there > 0 {
-            let storage = Arc::clone(&self.storage);
-            out.push(Extent { len: there, source: Source::File { storage, offset } });
+            out.push(data_extent(epoch, offset, there));
         }
         if there < len {
             out.push(Extent { len: len - there, source: Source::Zero });
@@ -104,9 +145,10 @@ impl Inner {
         Ok(())
     }
 
-    /// Fills `buf` with what is beneath this layer at `offset`, zeroes where nothing is.
+    /// Fills `buf` with what is beneath this layer at `offset`, zeroes where nothing is, and past this disk's own end.
     pub(crate) fn read_below(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let inside = self.inside_backing(ByteRange { offset, len: buf.len() as u64 });
+        let range = ByteRange { offset, len: buf.len() as u64 };
+        let inside = self.inside_backing(range).min(self.capacity().saturating_sub(offset));
         let (below, nothing) = buf.split_at_mut(inside as usize);
         nothing.fill(0);
         match &self.backing {
@@ -120,6 +162,19 @@ impl Inner {
         let capacity = self.backing.as_ref().map_or(0, |backing| backing.capacity());
         capacity.saturating_sub(range.offset).min(range.len)
     }
+}
+
+impl Found {
+    fn goes_on(&self, next: &Self) -> bool {
+        self.place.goes_on(self.len, next.place)
+            && (self.own == next.own || !matches!(self.place, Place::Data(_)))
+    }
+}
+
+/// An extent of the data file, resolved in `epoch`.
+pub(crate) fn data_extent(epoch: &Arc<Epoch>, offset: u64, len: u64) -> Extent {
+    let storage = Arc::clone(epoch) as Arc<dyn Storage>;
+    Extent { len, source: Source::File { storage, offset } }
 }
 
 #[derive(Clone, Copy)]

@@ -1,14 +1,18 @@
 //! Writing: in place where there is room already, else into new room that a guard publishes.
+//!
+//! A cluster that snapshots share, or that is compressed, is not written where it is: it *moves*, with all it holds.
 
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use block::{ByteRange, Context, Extent, PendingWrite, Place, Result, Source, WriteGuard};
+use block::{ByteRange, Context, Extent, PendingWrite, Place, Result, WriteGuard};
 
-use crate::entry::{GuestCluster, Home, HostOffset, State};
-use crate::image::{Inner, Writer};
+use crate::entry::{Entry, GuestCluster, Home, HostOffset};
+use crate::epoch::Epoch;
+use crate::image::{Core, Inner, Writer};
 use crate::pending::Claim;
-use crate::read::after;
+use crate::publish::Step;
+use crate::read::{after, data_extent};
 
 impl Inner {
     pub(crate) fn resolve_write(
@@ -17,196 +21,259 @@ impl Inner {
         waker: &Waker,
         out: &mut Vec<Extent>,
     ) -> Poll<Result<WriteGuard>> {
+        let writer = match self.check_writable(range) {
+            Ok(writer) => writer,
+            Err(error) => return Poll::Ready(Err(error)),
+        };
         let before = out.len();
-        let hit = self.check_writable(range).and_then(|writer| Ok((writer, self.resolve_hit(range, out)?)));
-        match hit {
-            Ok((_, true)) => Poll::Ready(Ok(WriteGuard::in_place())),
-            Ok((writer, false)) => {
+        // Before any entry is looked at, and until the extents have it.
+        let epoch = self.epochs.now();
+        match self.resolve_hit(&epoch, range, out) {
+            Ok(true) => Poll::Ready(Ok(WriteGuard::in_place())),
+            Ok(false) => {
                 out.truncate(before);
-                self.resolve_new(writer, range, waker, out)
+                self.resolve_new(writer, &epoch, range, waker, out)
             }
             Err(error) => Poll::Ready(Err(error)),
         }
     }
 
-    /// Resolves a write that goes wholly where data already is; takes no lock. `false` if some of it does not.
-    fn resolve_hit(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<bool> {
+    /// Resolves a write that goes wholly where data already is. `false` if some of it does not.
+    fn resolve_hit(&self, epoch: &Arc<Epoch>, range: ByteRange, out: &mut Vec<Extent>) -> Result<bool> {
         let mut rest = range;
         while rest.len > 0 {
-            let run = self.run_at(rest)?;
-            let Place::Data(offset) = run.place else { return Ok(false) };
-            self.check_unshared(run.range)?;
-            out.push(self.file_extent(offset, run.range.len));
-            rest = after(rest, run.range.len);
+            let found = self.run_at(rest)?;
+            let Place::Data(offset) = found.place else { return Ok(false) };
+            if !found.own {
+                return Ok(false);
+            }
+            out.push(data_extent(epoch, offset, found.len));
+            rest = after(rest, found.len);
         }
         Ok(true)
-    }
-
-    /// That data in `range`, all of it in this layer, may be changed where it is.
-    pub(crate) fn check_unshared(&self, range: ByteRange) -> Result<()> {
-        for (cluster, _) in self.geometry.pieces(range) {
-            self.tables.entry_for_write(&*self.storage, cluster)?.home().writable_offset()?;
-        }
-        Ok(())
     }
 
     fn resolve_new(
         self: &Arc<Self>,
         writer: &Writer,
+        epoch: &Arc<Epoch>,
         range: ByteRange,
         waker: &Waker,
         out: &mut Vec<Extent>,
     ) -> Poll<Result<WriteGuard>> {
-        let claims = match self.claim(writer, range, waker) {
-            Poll::Ready(Ok(claims)) => claims,
-            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-            Poll::Pending => return Poll::Pending,
-        };
-        let filled = self.fill_rest(range, &claims.claims);
-        let placed = filled.and_then(|()| self.place(range, out));
-        Poll::Ready(placed.map(|()| WriteGuard::allocating(Box::new(claims))))
-    }
-
-    /// Gives each cluster of `range` a home and claims what the write will publish, all of it or nothing.
-    fn claim(self: &Arc<Self>, writer: &Writer, range: ByteRange, waker: &Waker) -> Poll<Result<Allocating>> {
-        // Tables are read before the lock is taken.
-        for (cluster, _) in self.geometry.pieces(range) {
-            if let Err(error) = self.tables.entry_for_write(&*self.storage, cluster) {
-                return Poll::Ready(Err(error));
-            }
-        }
-        let mut core = writer.core();
-        let claims = self.wanted(range);
-        let claims = match claims {
-            Ok(claims) => claims,
+        let claims = match self.claim(writer, epoch, range, waker, out) {
+            Ok(Some(claims)) => claims,
+            Ok(None) => return Poll::Pending,
             Err(error) => return Poll::Ready(Err(error)),
         };
-        if claims.iter().any(|claim| core.claims.conflict(claim)) {
-            core.claims.wait(waker);
-            return Poll::Pending;
-        }
-        Poll::Ready(self.assign_homes(writer, &claims).map(|()| {
-            let owner = core.claims.hold(&claims);
-            Allocating { image: Arc::clone(self), owner, claims }
-        }))
+        let filled = claims.claims.iter().try_for_each(|claim| self.fill_rest(range, claim));
+        let filled = filled.context(|| "copy the rest of a subcluster");
+        Poll::Ready(filled.map(|()| WriteGuard::allocating(Box::new(claims))))
     }
 
-    /// What a write of `range` would publish, as things are now.
-    fn wanted(&self, range: ByteRange) -> Result<Vec<Claim>> {
-        let mut claims = Vec::new();
-        for (cluster, piece) in self.geometry.pieces(range) {
-            let entry = self.tables.entry_for_write(&*self.storage, cluster)?;
-            let home = entry.home();
-            if !home.is_none() {
-                home.writable_offset()?;
-            }
-            let masks = self.geometry.masks(piece);
-            let new = masks.touched & !entry.state().allocated();
-            if new != 0 {
-                let (shared, exclusive) = (new & masks.covered, new & !masks.covered);
-                claims.push(Claim { cluster, shared, exclusive });
-            }
-        }
-        Ok(claims)
-    }
-
-    /// A home once assigned stays, even if the write that asked for it is aborted: the next one uses it.
-    fn assign_homes(&self, writer: &Writer, claims: &[Claim]) -> Result<()> {
-        for claim in claims {
-            let entry = self.tables.entry_for_write(&*self.storage, claim.cluster)?;
-            if entry.home().is_none() {
-                entry.set_home(Home::fresh(writer.allocator.take()?));
-            }
-        }
-        Ok(())
-    }
-
-    /// Copies from below what partial subclusters hold outside `range`. Only a range's two ends can be partial.
-    fn fill_rest(&self, range: ByteRange, claims: &[Claim]) -> Result<()> {
-        for claim in claims.iter().filter(|claim| claim.exclusive != 0) {
-            let entry = self.tables.entry_for_write(&*self.storage, claim.cluster)?;
-            let (home, state) = (entry.home().offset()?, entry.state());
-            for index in (0..u32::BITS).filter(|index| claim.exclusive & (1 << index) != 0) {
-                let zero = state.zero() & (1 << index) != 0;
-                self.fill_subcluster(range, claim.cluster, index, home, zero)
-                    .context(|| "copy the rest of a subcluster")?;
-            }
-        }
-        Ok(())
-    }
-
-    fn fill_subcluster(
-        &self,
+    /// Gives each cluster of `range` a home and claims what the write will publish, all of it or nothing. Appends
+    /// where the bytes go. `None` if it has to wait.
+    fn claim(
+        self: &Arc<Self>,
+        writer: &Writer,
+        epoch: &Arc<Epoch>,
         range: ByteRange,
-        cluster: GuestCluster,
-        index: u32,
-        home: HostOffset,
-        zero: bool,
-    ) -> Result<()> {
-        let size = self.geometry.subcluster_size();
-        let start = (cluster.0 << self.geometry.cluster_bits) + u64::from(index) * size;
-        let host = home.0 + u64::from(index) * size;
-        let head = (start, range.offset.max(start));
-        let tail = (range.end().min(start + size), start + size);
-        for (from, to) in [head, tail] {
-            if from < to {
-                let mut bytes = vec![0; (to - from) as usize];
-                if !zero {
-                    self.read_below(from, &mut bytes)?;
+        waker: &Waker,
+        out: &mut Vec<Extent>,
+    ) -> Result<Option<Allocating>> {
+        let mut core = writer.core();
+        let mut claims = Vec::with_capacity(1);
+        let mut homes = Homes { image: self, epoch, out, run: None };
+        for (cluster, piece) in self.geometry.pieces(range) {
+            let old = self.entry(&core, cluster)?;
+            match self.wanted(cluster, piece, old) {
+                None => homes.push(old.home.offset(), piece),
+                Some(claim) if core.claims.conflict(cluster, claim.shared, claim.exclusive) => {
+                    core.claims.wait(waker);
+                    self.give_back(&mut core, &claims);
+                    return Ok(None);
                 }
-                self.storage.write_at(&bytes, host + (from - start))?;
+                Some(claim) => match self.home_for(&mut core, &claim) {
+                    Ok(home) => {
+                        claims.push(Claim { home, ..claim });
+                        homes.push(Some(home), piece);
+                    }
+                    Err(error) => {
+                        self.give_back(&mut core, &claims);
+                        return Err(error);
+                    }
+                },
+            }
+        }
+        homes.end();
+        let owner = core.claims.hold(&claims);
+        Ok(Some(Allocating { image: Arc::clone(self), owner, claims, held: true }))
+    }
+
+    /// What a write of `piece` would publish, as things are now. Its home is the one that there is, if any.
+    fn wanted(&self, cluster: GuestCluster, piece: ByteRange, old: Entry) -> Option<Claim> {
+        let masks = self.geometry.masks(piece);
+        let home = old.home.offset().unwrap_or_default();
+        let claim = Claim { cluster, shared: 0, exclusive: 0, publish: 0, old, home };
+        if claim.moves() {
+            let publish = old.state.allocated() | masks.touched;
+            return Some(Claim { exclusive: self.geometry.all(), publish, ..claim });
+        }
+        let new = masks.touched & !old.state.allocated();
+        let (shared, exclusive) = (new & masks.covered, new & !masks.covered);
+        (new != 0).then_some(Claim { shared, exclusive, publish: new, ..claim })
+    }
+
+    /// Where the claimed cluster will be.
+    pub(crate) fn home_for(&self, core: &mut Core, claim: &Claim) -> Result<HostOffset> {
+        if self.geometry.external {
+            return Ok(HostOffset(self.geometry.start_of(claim.cluster)));
+        }
+        match claim.old.home.offset().filter(|_| claim.old.home.is_own()) {
+            Some(home) => Ok(home),
+            None => core.claims.home(claim.cluster).map_or_else(|| core.take(), Ok),
+        }
+    }
+
+    /// Takes back the homes of claims that were not held in the end.
+    fn give_back(&self, core: &mut Core, claims: &[Claim]) {
+        for claim in claims {
+            let new = claim.old.home.is_none() || claim.moves();
+            if new && core.claims.home(claim.cluster).is_none() && !self.geometry.external {
+                core.allocator.give_back(claim.home);
+            }
+        }
+    }
+
+    /// Copies what exclusively claimed subclusters hold outside `range`, from where they are now.
+    pub(crate) fn fill_rest(&self, range: ByteRange, claim: &Claim) -> Result<()> {
+        let copied = claim.exclusive & claim.publish;
+        let size = self.geometry.subcluster_size();
+        let start = self.geometry.start_of(claim.cluster);
+        for index in (0..u32::BITS).filter(|index| copied & (1 << index) != 0) {
+            let (first, end) = (start + u64::from(index) * size, start + u64::from(index + 1) * size);
+            let head = (first, range.offset.clamp(first, end));
+            let tail = (range.end().clamp(first, end), end);
+            for (from, to) in [head, tail] {
+                if from < to {
+                    let mut bytes = vec![0; (to - from) as usize];
+                    self.read_old(claim, 1 << index, from, &mut bytes)?;
+                    self.data.write_at(&bytes, claim.home.0 + (from - start))?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Appends where the bytes of `range` go, whose clusters all have homes.
-    fn place(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<()> {
-        let mut run: Option<ByteRange> = None;
-        for (cluster, piece) in self.geometry.pieces(range) {
-            let entry = self.tables.entry_for_write(&*self.storage, cluster)?;
-            let inside = piece.offset & (self.geometry.cluster_size() - 1);
-            let offset = entry.home().writable_offset()?.0 + inside;
-            run = match run {
-                Some(run) if run.end() == offset => {
-                    Some(ByteRange { offset: run.offset, len: run.len + piece.len })
-                }
-                finished => {
-                    out.extend(finished.map(|run| self.file_extent(run.offset, run.len)));
-                    Some(ByteRange { offset, len: piece.len })
-                }
-            };
+    /// Fills `buf` with what `subcluster` holds at `offset` as long as the claim's write is not published.
+    fn read_old(&self, claim: &Claim, subcluster: u32, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let Entry { home, state } = claim.old;
+        let inside = offset - self.geometry.start_of(claim.cluster);
+        if state.zero() & subcluster != 0 {
+            return Ok(());
         }
-        out.extend(run.map(|run| self.file_extent(run.offset, run.len)));
-        Ok(())
+        if state.allocated() & subcluster == 0 {
+            return self.read_below(offset, buf);
+        }
+        match home.offset() {
+            Some(at) => self.data.read_at(buf, at.0 + inside),
+            None => {
+                let bytes = self.unpack(claim.cluster, home)?;
+                let found = bytes.get(inside as usize..).and_then(|bytes| bytes.get(..buf.len()));
+                buf.copy_from_slice(found.unwrap_or(&[]));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Where the pieces of a write go, neighbours joined.
+struct Homes<'a> {
+    image: &'a Inner,
+    epoch: &'a Arc<Epoch>,
+    out: &'a mut Vec<Extent>,
+    run: Option<ByteRange>,
+}
+
+impl Homes<'_> {
+    /// `piece` goes to the host cluster at `home`, which there is.
+    fn push(&mut self, home: Option<HostOffset>, piece: ByteRange) {
+        let inside = piece.offset & (self.image.geometry.cluster_size() - 1);
+        let offset = home.unwrap_or_default().0 + inside;
+        match &mut self.run {
+            Some(run) if run.end() == offset => run.len += piece.len,
+            _ => {
+                self.end();
+                self.run = Some(ByteRange { offset, len: piece.len });
+            }
+        }
     }
 
-    fn file_extent(&self, offset: u64, len: u64) -> Extent {
-        Extent { len, source: Source::File { storage: Arc::clone(&self.storage), offset } }
+    fn end(&mut self) {
+        let run = self.run.take();
+        self.out.extend(run.map(|run| data_extent(self.epoch, run.offset, run.len)));
     }
 }
 
 /// A write to new room. Dropped, it publishes nothing.
 #[derive(Debug)]
-struct Allocating {
-    image: Arc<Inner>,
-    owner: u64,
-    claims: Vec<Claim>,
+pub(crate) struct Allocating {
+    pub(crate) image: Arc<Inner>,
+    pub(crate) owner: u64,
+    pub(crate) claims: Vec<Claim>,
+    /// Whether the claims are still held.
+    pub(crate) held: bool,
+}
+
+impl Allocating {
+    /// Makes the claimed entries visible, as `advance` makes them of what they are now, and lets go of the claims.
+    pub(crate) fn publish(mut self, advance: impl Fn(&Claim, Entry) -> Entry) -> Result<()> {
+        let image = Arc::clone(&self.image);
+        let Some(writer) = &image.writer else { return Ok(()) };
+        writer.check_latch()?;
+        let mut core = writer.core();
+        let mut steps = Vec::with_capacity(self.claims.len());
+        for claim in &self.claims {
+            let old = image.entry(&core, claim.cluster)?;
+            steps.push(Step { cluster: claim.cluster, old, new: advance(claim, old) });
+        }
+        image.publish(&mut core, &steps)?;
+        core.claims.published(self.owner);
+        let waiting = self.release(&mut core);
+        drop(core);
+        waiting.into_iter().for_each(Waker::wake);
+        Ok(())
+    }
+
+    fn release(&mut self, core: &mut Core) -> Vec<Waker> {
+        self.held = false;
+        let Core { claims, allocator, .. } = core;
+        let external = self.image.geometry.external;
+        claims.release(self.owner, |unused| {
+            if !external {
+                allocator.give_back(unused);
+            }
+        })
+    }
 }
 
 impl PendingWrite for Allocating {
     fn complete(self: Box<Self>) -> Result<()> {
-        let Some(writer) = &self.image.writer else { return Ok(()) };
-        writer.check_latch()?;
-        let allocate = |state: State, claim: &Claim| state.with_allocated(claim.all());
-        self.image.publish(&mut writer.core(), &self.claims, allocate)
+        self.publish(|claim, old| Entry {
+            home: Home::own(claim.home),
+            state: match claim.moves() {
+                true => claim.old.state.with_allocated(claim.publish),
+                false => old.state.with_allocated(claim.publish),
+            },
+        })
     }
 }
 
 impl Drop for Allocating {
     fn drop(&mut self) {
-        let Some(writer) = &self.image.writer else { return };
-        let waiting = writer.core().claims.release(self.owner, &self.claims);
+        let image = Arc::clone(&self.image);
+        let (Some(writer), true) = (&image.writer, self.held) else { return };
+        let waiting = self.release(&mut writer.core());
         waiting.into_iter().for_each(Waker::wake);
     }
 }

@@ -1,25 +1,54 @@
 //! Zeroing and discarding.
 //!
-//! Room that holds data keeps its place: its bytes are punched out of the file, or written with zeroes. Room that holds
-//! none gets the zero bit, if what is beneath could show through.
+//! Whole subclusters are cleared by their entries alone: a whole cluster that is discarded, or zeroed with leave to
+//! unmap, is freed; other whole subclusters get the zero bit, if anything else would show. Parts of subclusters are
+//! written with zeroes, or punched out of the file.
 
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use block::{ByteRange, Error, ErrorKind, Place, Result, Source};
+use block::{ByteRange, ErrorKind, Place, Result, Source, Storage};
 
-use crate::entry::State;
+use crate::entry::{Entry, GuestCluster, State};
 use crate::image::{Core, Inner, Writer};
-use crate::pending::Claim;
+use crate::publish::Step;
 use crate::read::after;
 
-/// Clusters whose zero bits are set in one go: bounds how long the lock is held.
+/// Clusters that are cleared in one go: bounds how long the lock is held.
 const BATCH: u64 = 256;
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Why {
+pub(crate) enum Why {
     Discard,
     Zero { unmap: bool },
+}
+
+impl Why {
+    /// Whether room may be given back.
+    fn unmaps(self) -> bool {
+        self != Self::Zero { unmap: false }
+    }
+}
+
+/// How a cluster is cleared.
+enum Clearing {
+    /// Its entry says so already.
+    Done,
+    /// By its entry.
+    Entry(Entry),
+    /// By its bytes.
+    Bytes,
+}
+
+/// What a batch of clusters came to.
+#[derive(Default)]
+struct Cleared {
+    /// Data that entries do not show any more, in clusters that keep their place.
+    hidden: Vec<ByteRange>,
+    /// Parts of the disk that are to be cleared by their bytes.
+    bytes: Vec<ByteRange>,
+    /// A claim is in the way: what is before it was cleared.
+    waits: bool,
 }
 
 impl Inner {
@@ -36,126 +65,189 @@ impl Inner {
         self.clear(range, Why::Zero { unmap }, waker)
     }
 
-    /// Run by run. After a `Pending` it begins again: what is done stays done.
     fn clear(self: &Arc<Self>, range: ByteRange, why: Why, waker: &Waker) -> Poll<Result<()>> {
-        let writer = match self.check_writable(range) {
-            Ok(writer) => writer,
-            Err(error) => return Poll::Ready(Err(error)),
-        };
-        let mut rest = range;
-        while rest.len > 0 {
-            // Cut at the end of a cluster, lest the cut makes two parts of a subcluster.
-            let inside = rest.offset & (self.geometry.cluster_size() - 1);
-            let most = (BATCH << self.geometry.cluster_bits) - inside;
-            let batch = ByteRange { offset: rest.offset, len: rest.len.min(most) };
-            let run = match self.run_at(batch) {
-                Ok(run) => run,
-                Err(error) => return Poll::Ready(Err(error)),
-            };
-            let cleared = match run.place {
-                Place::Zero => Poll::Ready(Ok(())),
-                Place::Data(offset) => {
-                    Poll::Ready(self.clear_data(run.range, ByteRange { offset, len: run.range.len }, why))
-                }
-                Place::Packed => {
-                    Poll::Ready(Err(Error::new(ErrorKind::Unsupported, "compressed qcow2 clusters")))
-                }
-                Place::Absent => self.clear_absent(writer, run.range, why, waker),
-            };
-            match cleared {
-                Poll::Ready(Ok(())) => rest = after(rest, run.range.len),
-                other => return other,
-            }
+        let cleared = self.check_writable(range).map(|writer| self.clear_range(writer, range, why, waker));
+        match cleared {
+            Ok(Ok(true)) => Poll::Ready(Ok(())),
+            Ok(Ok(false)) => Poll::Pending,
+            Ok(Err(error)) | Err(error) => Poll::Ready(Err(error)),
         }
-        Poll::Ready(Ok(()))
     }
 
-    fn clear_data(&self, guest: ByteRange, host: ByteRange, why: Why) -> Result<()> {
-        self.check_unshared(guest)?;
-        if why != (Why::Zero { unmap: false }) {
-            match self.storage.punch_hole(host) {
-                // A discard is advice, and this host can not follow it.
-                Err(error) if error.kind() == ErrorKind::Unsupported && why == Why::Discard => return Ok(()),
-                Err(error) if error.kind() == ErrorKind::Unsupported => {}
-                done => return done,
-            }
-        }
-        block::write_zeroes(&*self.storage, host)
-    }
-
-    /// Clears `range`, none of which was in this layer a moment ago.
-    fn clear_absent(
+    /// Clears `range`; `false` if it has to wait. Then it is asked for all of it again: what is done stays done.
+    pub(crate) fn clear_range(
         self: &Arc<Self>,
         writer: &Writer,
         range: ByteRange,
         why: Why,
         waker: &Waker,
-    ) -> Poll<Result<()>> {
+    ) -> Result<bool> {
         let bits = self.geometry.subcluster_bits();
-        let inside = self.inside_backing(range);
-        if inside == 0 {
-            return Poll::Ready(Ok(()));
-        }
-        // Past the end of what is beneath it reads as zeroes anyway.
-        let shown = ((range.offset + inside).div_ceil(1 << bits) << bits).min(range.end());
-        let range = ByteRange { offset: range.offset, len: shown - range.offset };
-        // The disk's last subcluster has nothing behind its end, so up to there is all of it.
-        let last = range.end() == self.geometry.capacity;
-        let end = if last { range.end().div_ceil(1 << bits) } else { range.end() >> bits } << bits;
+        // The disk's last cluster has nothing behind its end, so up to there is all of it.
+        let end = match range.end() >= self.capacity() {
+            true => range.end().next_multiple_of(self.geometry.cluster_size()),
+            false => range.end() >> bits << bits,
+        };
         let start = range.offset.div_ceil(1 << bits) << bits;
-        if start >= end {
-            return self.clear_part(range, why, waker);
+        if start >= end.min(range.end()) {
+            return self.clear_bytes(range, why, waker);
         }
         let head = ByteRange { offset: range.offset, len: start - range.offset };
-        let tail = ByteRange { offset: end, len: range.end().saturating_sub(end) };
-        for part in [head, tail] {
-            match self.clear_part(part, why, waker) {
-                Poll::Ready(Ok(())) => {}
-                other => return other,
-            }
+        let tail = ByteRange { offset: end.min(range.end()), len: range.end().saturating_sub(end) };
+        let mut rest = ByteRange { offset: start, len: end - start };
+        if !self.clear_bytes(head, why, waker)? || !self.clear_bytes(tail, why, waker)? {
+            return Ok(false);
         }
-        self.set_zero_bits(writer, ByteRange { offset: start, len: end - start }, waker)
+        while rest.len > 0 {
+            let inside = rest.offset & (self.geometry.cluster_size() - 1);
+            let batch =
+                ByteRange { len: rest.len.min((BATCH << self.geometry.cluster_bits) - inside), ..rest };
+            if !self.clear_batch(writer, batch, why, waker)? {
+                return Ok(false);
+            }
+            rest = after(rest, batch.len);
+        }
+        Ok(true)
     }
 
-    /// Clears a part of a subcluster: a write of zeroes like any other. A discard leaves it as it is.
-    fn clear_part(self: &Arc<Self>, range: ByteRange, why: Why, waker: &Waker) -> Poll<Result<()>> {
-        if range.len == 0 || why == Why::Discard {
-            return Poll::Ready(Ok(()));
+    /// Clears whole subclusters.
+    fn clear_batch(
+        self: &Arc<Self>,
+        writer: &Writer,
+        range: ByteRange,
+        why: Why,
+        waker: &Waker,
+    ) -> Result<bool> {
+        // Held while what was hidden is punched out: a cluster that somebody frees meanwhile is not used again.
+        let _epoch = self.epochs.now();
+        // Entries are read before the lock is taken.
+        self.geometry.pieces(range).try_for_each(|(cluster, _)| self.look(cluster, |_| ()))?;
+        let cleared = self.clear_entries(&mut writer.core(), range, why, waker)?;
+        if why.unmaps() && !writer.keeps_freed {
+            // Advice: entries say already that there are zeroes.
+            cleared.hidden.iter().for_each(|hidden| _ = self.data.punch_hole(*hidden));
         }
+        for range in cleared.bytes {
+            let range =
+                ByteRange { len: range.len.min(self.capacity().saturating_sub(range.offset)), ..range };
+            if !self.clear_bytes(range, why, waker)? {
+                return Ok(false);
+            }
+        }
+        Ok(!cleared.waits)
+    }
+
+    fn clear_entries(&self, core: &mut Core, range: ByteRange, why: Why, waker: &Waker) -> Result<Cleared> {
+        let (mut cleared, mut steps) = (Cleared::default(), Vec::new());
+        for (cluster, piece) in self.geometry.pieces(range) {
+            let old = self.entry(core, cluster)?;
+            let covered = self.geometry.masks(piece).covered;
+            let new = match self.clearing(cluster, old, covered, why) {
+                Clearing::Done => continue,
+                Clearing::Bytes => {
+                    cleared.bytes.push(piece);
+                    continue;
+                }
+                Clearing::Entry(new) => new,
+            };
+            // A write that is copying the rest of one of them from elsewhere must end first: it would bring back what
+            // was there. And one that was given this home needs it.
+            let frees = old.home.0 != new.home.0;
+            if core.claims.conflict(cluster, covered, 0) || (frees && core.claims.holds(cluster)) {
+                core.claims.wait(waker);
+                cleared.waits = true;
+                break;
+            }
+            if let (false, Some(at)) = (frees || !old.home.is_own(), old.home.offset()) {
+                let bits = self.geometry.subcluster_bits();
+                let shown =
+                    (0..u32::BITS).filter(|index| old.state.allocated() & covered & (1 << index) != 0);
+                cleared.hidden.extend(
+                    shown
+                        .map(|index| ByteRange { offset: at.0 + (u64::from(index) << bits), len: 1 << bits }),
+                );
+            }
+            steps.push(Step { cluster, old, new });
+        }
+        self.publish(core, &steps).map(|()| cleared)
+    }
+
+    /// How the subclusters `covered` of a cluster are cleared.
+    fn clearing(&self, cluster: GuestCluster, old: Entry, covered: u32, why: Why) -> Clearing {
+        let geometry = self.geometry;
+        let start = geometry.start_of(cluster);
+        let shows = self.inside_backing(ByteRange { offset: start, len: geometry.cluster_size() }) > 0;
+        let (absent, zeroes) = (State::default(), State::new(0, geometry.all()));
+        let Entry { home, state } = old;
+        if geometry.external && state.allocated() & covered != 0 {
+            return Clearing::Bytes;
+        }
+        let all = covered == geometry.all();
+        if all && !geometry.external && (why.unmaps() || (!home.is_none() && !home.is_own())) {
+            let state = if shows { zeroes } else { absent };
+            let new = Entry { state, ..Entry::default() };
+            return match shows && !geometry.zero_flag {
+                _ if new == old || (home.is_none() && state == absent) => Clearing::Done,
+                true => Clearing::Bytes,
+                false => Clearing::Entry(new),
+            };
+        }
+        let shown = state.allocated() | if shows { !state.zero() } else { 0 };
+        match covered & shown {
+            0 => Clearing::Done,
+            _ if home.is_compressed() || !geometry.zero_flag => Clearing::Bytes,
+            hidden => Clearing::Entry(Entry { home, state: state.with_zeroed(hidden) }),
+        }
+    }
+
+    /// Clears bytes one by one: those that are here where they are, and others that would show by a write of zeroes. A
+    /// discard leaves those as they are. `false` if it has to wait.
+    fn clear_bytes(self: &Arc<Self>, range: ByteRange, why: Why, waker: &Waker) -> Result<bool> {
+        let mut rest = range;
+        while rest.len > 0 {
+            let found = self.run_at(rest)?;
+            let run = ByteRange { offset: rest.offset, len: found.len };
+            let here = matches!(found.place, Place::Data(_)) && found.own;
+            let shows = match found.place {
+                Place::Zero => false,
+                Place::Absent => self.inside_backing(run) > 0,
+                Place::Data(_) | Place::Packed => true,
+            };
+            if (here || (shows && why != Why::Discard)) && !self.overwrite(run, why, waker)? {
+                return Ok(false);
+            }
+            rest = after(rest, run.len);
+        }
+        Ok(true)
+    }
+
+    /// A write of zeroes like any other.
+    fn overwrite(self: &Arc<Self>, range: ByteRange, why: Why, waker: &Waker) -> Result<bool> {
         let mut extents = Vec::new();
         let guard = match self.resolve_write(range, waker, &mut extents) {
-            Poll::Ready(Ok(guard)) => guard,
-            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
-            Poll::Pending => return Poll::Pending,
+            Poll::Ready(guard) => guard?,
+            Poll::Pending => return Ok(false),
         };
-        let written = extents.iter().try_for_each(|extent| match &extent.source {
-            Source::File { storage, offset } => {
-                block::write_zeroes(&**storage, ByteRange { offset: *offset, len: extent.len })
+        for extent in &extents {
+            if let Source::File { storage, offset } = &extent.source {
+                clear_file(&**storage, ByteRange { offset: *offset, len: extent.len }, why)?;
             }
-            Source::Zero | Source::Bytes { .. } => Ok(()),
-        });
-        Poll::Ready(written.and_then(|()| guard.complete()))
-    }
-
-    /// Sets the zero bits of whole subclusters, but for those that got data meanwhile. A write that is copying the
-    /// rest of one of them from below must end first: it would bring back what was there.
-    fn set_zero_bits(&self, writer: &Writer, range: ByteRange, waker: &Waker) -> Poll<Result<()>> {
-        let mut claims = Vec::new();
-        for (cluster, piece) in self.geometry.pieces(range) {
-            if let Err(error) = self.tables.entry_for_write(&*self.storage, cluster) {
-                return Poll::Ready(Err(error));
-            }
-            claims.push(Claim { cluster, shared: self.geometry.masks(piece).covered, exclusive: 0 });
         }
-        let mut core = writer.core();
-        if claims.iter().any(|claim| core.claims.conflict(claim)) {
-            core.claims.wait(waker);
-            return Poll::Pending;
-        }
-        Poll::Ready(self.publish_zero(&mut core, &claims))
+        guard.complete().map(|()| true)
     }
+}
 
-    fn publish_zero(&self, core: &mut Core, claims: &[Claim]) -> Result<()> {
-        self.publish(core, claims, |state: State, claim| state.with_zero(claim.shared))
+fn clear_file(storage: &dyn Storage, range: ByteRange, why: Why) -> Result<()> {
+    if why.unmaps() {
+        match storage.punch_hole(range) {
+            // A discard is advice, and this host can not follow it.
+            Err(error) if error.kind() == ErrorKind::Unsupported && why == Why::Discard => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::Unsupported => {}
+            // A hole past the end of the file makes it no longer.
+            Ok(()) if storage.len()? >= range.end() => return Ok(()),
+            Ok(()) => {}
+            Err(error) => return Err(error),
+        }
     }
+    block::write_zeroes(storage, range)
 }

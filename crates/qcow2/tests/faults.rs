@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use block::testing::{FaultStorage, MemStorage};
 use block::{ByteRange, Disk, Error, ErrorKind, Storage, blocking, read_disk, write_disk};
-use qcow2::{CreateOptions, Image, Journal, Mode};
+use qcow2::{CreateOptions, Image, Journal, Mode, Parts};
 use support::{Files, Verdict, assert_same, check, contents, memory, options};
 
 fn image() -> (Arc<FaultStorage>, Files, Image) {
@@ -138,7 +138,7 @@ fn a_journal_that_takes_no_record_fails_the_write_and_only_it() {
     qcow2::create(&*storage, &CreateOptions::overlay(1 << 20, None)).unwrap();
     let (a, b) = (memory(), memory());
     let journal = Journal::create(a.clone(), b.clone(), "boot").unwrap();
-    let image = Image::open(storage, None, Mode::Writable(journal)).unwrap();
+    let image = Image::open(Parts::new(storage, None), Mode::Writable(journal)).unwrap();
     a.fail_writes(1);
     b.fail_writes(1);
     write_disk(&image, 0, &[7; 4096]).unwrap_err();

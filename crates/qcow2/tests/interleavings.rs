@@ -13,7 +13,7 @@ use std::task::{Poll, Waker};
 
 use block::testing::{CrashStorage, MemStorage};
 use block::{ByteRange, Disk, Extent, Flush, FlushStep, RawDisk, Source, Storage, WriteGuard, read_disk};
-use qcow2::{Image, Mode};
+use qcow2::{Image, Mode, Parts};
 use support::{Files, Random, check, contents, options};
 
 const CAPACITY: u64 = 390 * 512;
@@ -291,7 +291,8 @@ impl World {
             let left = self.storage.inner.after_power_loss(|| self.random.below(100) < chance);
             let verdict = check(&left.bytes());
             assert!(verdict.errors.is_empty(), "after the loss of power: {:?}", verdict.errors);
-            let image = Image::open(Arc::new(left), Some(self.base.clone()), Mode::ReadOnly).unwrap();
+            let image =
+                Image::open(Parts::new(Arc::new(left), Some(self.base.clone())), Mode::ReadOnly).unwrap();
             let found = contents(&image);
             let mut known: Vec<bool> = found.iter().zip(&self.durable).map(|(a, b)| a == b).collect();
             for (at, bytes) in &self.patches {

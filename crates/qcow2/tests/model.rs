@@ -9,7 +9,7 @@ use std::task::Waker;
 
 use block::testing::{FaultStorage, MemStorage};
 use block::{ByteRange, Disk, Extent, RawDisk, Source, WriteGuard, blocking, read_disk, write_disk};
-use qcow2::{Image, Mode};
+use qcow2::{Image, Mode, Parts};
 use support::{Files, Random, Verdict, assert_same, check, contents, memory, options};
 
 /// Clusters of each image are 64 KiB: with this capacity a few of them, the last one odd.
@@ -155,7 +155,8 @@ impl World {
     fn layer_below(&self) -> Arc<dyn Disk> {
         let mut disk = self.base.clone();
         for files in &self.files[..self.files.len() - 1] {
-            disk = Arc::new(Image::open(files.image.clone(), Some(disk), Mode::ReadOnly).unwrap());
+            disk =
+                Arc::new(Image::open(Parts::new(files.image.clone(), Some(disk)), Mode::ReadOnly).unwrap());
         }
         disk
     }
@@ -248,7 +249,8 @@ fn chains_of_overlays_behave_as_an_array_of_bytes() {
         world.active.seal();
         world.flush();
         let files = world.files.last().unwrap();
-        let image = Image::open(files.image.clone(), Some(world.layer_below()), Mode::ReadOnly).unwrap();
+        let image =
+            Image::open(Parts::new(files.image.clone(), Some(world.layer_below())), Mode::ReadOnly).unwrap();
         assert_same(&contents(&image), &world.expected, &format!("seed {seed}, at the end"));
     }
 }

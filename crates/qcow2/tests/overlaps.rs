@@ -8,7 +8,7 @@ use std::task::{Poll, Waker};
 
 use block::testing::{CrashStorage, MemStorage};
 use block::{ByteRange, Disk, Extent, Flush, FlushStep, RawDisk, Source, Storage, WriteGuard, write_disk};
-use qcow2::{Image, Mode};
+use qcow2::{Image, Mode, Parts};
 use support::{Files, contents, options};
 
 /// Subclusters of 2 KiB.
@@ -85,7 +85,7 @@ fn zeroes_beneath_a_whole_write_in_flight_show_until_it_completes() {
         assert_eq!(sectors(&image), [0; 8]);
         // A flush in between knows of the zeroes, and not of the room that the write was given.
         image.flush().run().unwrap();
-        let seen = Image::open(files.image.clone(), Some(base()), Mode::ReadOnly).unwrap();
+        let seen = Image::open(Parts::new(files.image.clone(), Some(base())), Mode::ReadOnly).unwrap();
         assert_eq!(sectors(&seen), [0; 8]);
         match abort {
             true => drop(guard),
@@ -129,7 +129,7 @@ fn a_flush_writes_what_it_took_and_leaves_what_came_later() {
     flush.run().unwrap();
     let lost = || {
         let left = Arc::new(storage.after_power_loss(|| false));
-        sectors(&Image::open(left, Some(base()), Mode::ReadOnly).unwrap())
+        sectors(&Image::open(Parts::new(left, Some(base())), Mode::ReadOnly).unwrap())
     };
     assert_eq!(lost(), [1, 1, 1, 1, 9, 9, 9, 9]);
     assert_eq!(image.pending(), 1);
@@ -156,6 +156,6 @@ fn a_flush_under_way_does_not_answer_for_data_written_since() {
     storage.sync().unwrap();
     assert!(matches!(step(&mut *second), Poll::Ready(FlushStep::Done)));
     let left = Arc::new(storage.after_power_loss(|| false));
-    let image = Image::open(left, Some(base()), Mode::ReadOnly).unwrap();
+    let image = Image::open(Parts::new(left, Some(base())), Mode::ReadOnly).unwrap();
     assert_eq!(sectors(&image), [2, 1, 1, 1, 9, 9, 9, 9]);
 }

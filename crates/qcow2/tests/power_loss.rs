@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use block::testing::{CrashStorage, MemStorage};
 use block::{ByteRange, Disk, FlushStep, RawDisk, Storage, blocking, write_disk};
-use qcow2::{Image, Mode};
+use qcow2::{Image, Mode, Parts};
 use support::{Files, Random, check, contents, memory, options};
 
 const CAPACITY: u64 = 782 * 512;
@@ -109,7 +109,7 @@ impl World {
         }
         // The file is opened for writing, as the daemon would, on another boot: the journal is not believed.
         let files = Files { image: Arc::new(left), journal: self.files.journal.clone() };
-        let open = |mode| Image::open(files.image.clone(), Some(self.base.clone()), mode);
+        let open = |mode| Image::open(Parts::new(files.image.clone(), Some(self.base.clone())), mode);
         let image = open(Mode::ReadOnly).map_err(|error| error.to_string())?;
         let found = contents(&image);
         for (index, sector) in found.chunks(SECTOR).enumerate() {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use block::{Context, Error, ErrorKind, Layer, RawDisk, Result, Stack, Storage};
 use hostio::{Cache, HostFile, Open};
-use qcow2::{Header, Image, Mode};
+use qcow2::{Header, Image, Mode, Parts};
 
 /// How many images deep the base image that the user gave may be. Each is a file that is open, or two.
 const MAX_DEPTH: usize = 1024;
@@ -157,7 +157,7 @@ pub(crate) fn open_own(
             Format::Raw => Arc::new(RawDisk::new(file, true)?),
             Format::Qcow2 => {
                 let beneath = Arc::new(Stack::new(stack.layers(), 0));
-                Arc::new(Image::open(file, Some(beneath), Mode::ReadOnly).context(what)?)
+                Arc::new(Image::open(Parts::new(file, Some(beneath)), Mode::ReadOnly).context(what)?)
             }
         };
         stack = stack.with_layer(layer);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use block::{ByteRange, Context, Disk, Error, ErrorKind, Result, Source, Storage, write_disk};
 use hostio::{Cache, HostFile, Open};
-use qcow2::{CreateOptions, Image, Journal, Mode};
+use qcow2::{CreateOptions, Image, Journal, Mode, Parts};
 
 use crate::layer::MAX_PENDING;
 use crate::model::ImageFormat;
@@ -100,7 +100,7 @@ fn write(disk: &dyn Disk, file: HostFile, format: ImageFormat, progress: Progres
         ImageFormat::Qcow2 => {
             qcow2::create(&*file, &CreateOptions::overlay(disk.capacity(), None))?;
             let journal = Journal::create(Arc::new(Nowhere), Arc::new(Nowhere), "none")?;
-            let image = Image::open(file, None, Mode::Writable(journal))?;
+            let image = Image::open(Parts::new(file, None), Mode::Writable(journal))?;
             let mut put = |bytes: &[u8], offset| {
                 write_disk(&image, offset, bytes)?;
                 if image.pending() > MAX_PENDING { image.flush().run() } else { Ok(()) }
@@ -248,7 +248,9 @@ mod tests {
         let (bytes, disk) = disk();
         export(&disk, &out, ImageFormat::Qcow2, &mut |_, _| {}).unwrap();
         let how = Open { writable: false, cache: Cache::Writeback };
-        let image = Image::open(Arc::new(HostFile::open(&out, how).unwrap()), None, Mode::ReadOnly).unwrap();
+        let image =
+            Image::open(Parts::new(Arc::new(HostFile::open(&out, how).unwrap()), None), Mode::ReadOnly)
+                .unwrap();
         let mut found = vec![0; bytes.len()];
         read_disk(&image, 0, &mut found).unwrap();
         assert!(found == bytes);

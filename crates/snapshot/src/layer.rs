@@ -10,7 +10,7 @@ use block::{
     WriteGuard,
 };
 use hostio::{Cache, HostFile};
-use qcow2::{Image, Journal, Mode};
+use qcow2::{Image, Journal, Mode, Parts};
 
 use crate::backing::{self, AllowedFolders};
 use crate::manifest::LayerEntry;
@@ -230,7 +230,7 @@ impl Open {
                     Access::Read => Mode::ReadOnly,
                     Access::Write { journals } => Mode::Writable(journals.open(id, entry.number)?),
                 };
-                let image = Image::open(Arc::clone(&file) as _, Some(beneath), mode);
+                let image = Image::open(Parts::new(Arc::clone(&file) as _, Some(beneath)), mode);
                 Content::Qcow2(Arc::new(image.context(|| format!("open {}", entry.path.display()))?))
             }
         };

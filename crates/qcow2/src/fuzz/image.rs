@@ -10,7 +10,7 @@ use crate::bytes::be64;
 use crate::check::repair;
 use crate::compressed::Compression;
 use crate::header::Header;
-use crate::{CreateOptions, Image, Mode};
+use crate::{CreateOptions, Image, Mode, Parts};
 
 const CAPACITY: u64 = 300_000;
 
@@ -96,7 +96,7 @@ pub fn tables(data: &[u8]) {
     let size = 1_u64 << header.cluster_bits;
     let clusters = header.capacity.min(2 * CAPACITY).div_ceil(size);
     let expected: Vec<Option<Vec<u8>>> = (0..clusters).map(|n| model::read_cluster(&bytes, n)).collect();
-    let image = match Image::open(storage.clone(), None, Mode::ReadOnly) {
+    let image = match Image::open(Parts::new(storage.clone(), None), Mode::ReadOnly) {
         Ok(image) => image,
         Err(error) => {
             assert_eq!(error.kind(), ErrorKind::Corrupt);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use block::testing::{FaultStorage, MemStorage};
 use block::{Disk, Storage, read_disk};
-use qcow2::{CreateOptions, Header, Image, Journal, Mode};
+use qcow2::{CreateOptions, Header, Image, Journal, Mode, Parts};
 
 /// A small generator (splitmix64): seeds are reproducible, which is all that is asked of it.
 pub(crate) struct Random(pub(crate) u64);
@@ -59,7 +59,7 @@ impl Files {
 
     pub(crate) fn open_on_boot(&self, backing: Option<Arc<dyn Disk>>, boot: &str) -> block::Result<Image> {
         let [a, b] = self.journal.clone();
-        Image::open(self.image.clone(), backing, Mode::Writable(Journal::open(a, b, boot)?))
+        Image::open(Parts::new(self.image.clone(), backing), Mode::Writable(Journal::open(a, b, boot)?))
     }
 }
 

@@ -1,0 +1,74 @@
+//! Finishing what a killed process left in its journal.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use block::{Error, ErrorKind, Flush, Result};
+
+use crate::entry::{Entry, GuestCluster};
+use crate::flush::ImageFlush;
+use crate::image::{Core, Inner};
+use crate::journal::Record;
+use crate::publish::Step;
+
+impl Inner {
+    /// Applies the journal to the entries in RAM, and flushes them.
+    pub(crate) fn recover(self: &Arc<Self>) -> Result<()> {
+        let Some(writer) = &self.writer else { return Ok(()) };
+        let left = {
+            let mut core = writer.core();
+            // Only the last one of a cluster counts. A flush that was cut short may have written any of them into the
+            // tables, so those before it say nothing of what is to be counted less.
+            let mut last = BTreeMap::new();
+            core.journal.replay(|Record { cluster, entry }| {
+                last.insert(cluster, entry);
+                Ok(())
+            })?;
+            last.into_iter().try_for_each(|(cluster, new)| self.replay(&mut core, cluster, new))?;
+            !core.dirty.is_empty()
+        };
+        if left {
+            let flush = || {
+                let mut flush: Box<dyn Flush> = Box::new(ImageFlush::new(Arc::clone(self)));
+                flush.run()
+            };
+            flush()?;
+            writer.core().journal.clear()?;
+            // Now nothing names what was freed, so it can be counted less.
+            flush()?;
+        }
+        writer.core().journal.clear()
+    }
+
+    fn replay(&self, core: &mut Core, cluster: GuestCluster, new: Entry) -> Result<()> {
+        let wrong =
+            |why: &str| Error::new(ErrorKind::Corrupt, format!("the journal is not this image's: {why}"));
+        if cluster.0 >= self.capacity().div_ceil(self.geometry.cluster_size()) {
+            return Err(wrong("a cluster past the end"));
+        }
+        let mut bytes = Vec::new();
+        new.encode(self.geometry, &mut bytes);
+        // Nothing is ever compressed.
+        if Entry::decode(self.geometry, &bytes).ok() != Some(new) || new.home.is_compressed() {
+            return Err(wrong("an impossible entry"));
+        }
+        let old = self.entry(core, cluster)?;
+        if let (Some(at), true) = (new.home.offset(), old.home.0 != new.home.0) {
+            let here = match self.geometry.external {
+                true => at.0 == self.geometry.start_of(cluster),
+                // Data that was published was in the file.
+                false => {
+                    let inside = at.0 < self.limit || new.state.allocated() == 0;
+                    inside && new.home.is_own() && !core.metadata.contains(at) && core.allocator.skip(at)
+                }
+            };
+            if !here {
+                return Err(wrong("data where it can have none"));
+            }
+        }
+        let step = Step { cluster, old, new };
+        self.set_entry(cluster, new);
+        core.note(&step, self.geometry.external);
+        Ok(())
+    }
+}
