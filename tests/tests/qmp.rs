@@ -144,7 +144,7 @@ fn qmp_shell_drives_the_daemon() {
         snapshot-create name=typed disks=[\"vda\"] freeze=never\n\
         query-snapshot name=typed probe=true\n\
         snapshot-delete name=typed\n\
-        query-snapshots\n";
+        query-jobs\n";
     let text = type_into_shell(&socket, folder.path(), lines);
     Client::connect(&socket).unwrap().execute("quit", json!({}), |_, _| {}).unwrap();
     let ended = daemon.0.wait().unwrap();
@@ -154,7 +154,7 @@ fn qmp_shell_drives_the_daemon() {
         r#""device": "vda""#,
         r#""grade": "crash""#,
         r#""probe": [{"id": "vda""#,
-        r#"{"return": []}"#,
+        r#"{"return": {"job-id": "delete-typed"}}"#,
     ] {
         assert!(text.contains(expected), "{expected} is not in {text}");
     }

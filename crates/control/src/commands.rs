@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use block::ErrorKind;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use snapshot::{CreateRequest, FreezePolicy, ImageFormat};
+use snapshot::{CommitRequest, CreateRequest, DeleteRequest, FreezePolicy, ImageFormat, StreamRequest};
 
-use crate::error::CommandError;
+use crate::error::{CommandError, ErrorClass};
 use crate::message::{Request, version};
 use crate::params::{Kind, Param, check, optional, required};
 use crate::{Service, blocks};
@@ -46,6 +47,8 @@ const FREEZE: Kind = Kind::Enum(&["require", "prefer", "never"]);
 const FORMAT: Kind = Kind::Enum(&["raw", "qcow2"]);
 const CAPABILITY: Kind = Kind::Enum(&["oob"]);
 const NAME: &[Param] = &[required("name", Kind::Str)];
+const ID: &[Param] = &[required("id", Kind::Str)];
+const SPEED: Kind = Kind::Int { min: 0, max: i64::MAX as u64 };
 
 /// All of them. The schema, `docs/qapi/frazil.json`, has the same; a test compares the two.
 pub(crate) const COMMANDS: &[Command] = &[
@@ -86,7 +89,16 @@ pub(crate) const COMMANDS: &[Command] = &[
         params: &[required("name", Kind::Str), optional("probe", Kind::Bool)],
         run: query_snapshot,
     },
-    Command { name: "snapshot-delete", params: NAME, run: delete },
+    Command {
+        name: "snapshot-delete",
+        params: &[
+            required("name", Kind::Str),
+            optional("job-id", Kind::Str),
+            optional("speed", SPEED),
+            optional("auto-dismiss", Kind::Bool),
+        ],
+        run: delete,
+    },
     Command {
         name: "snapshot-revert",
         params: &[required("name", Kind::Str), optional("discard-newer", Kind::Bool)],
@@ -101,6 +113,58 @@ pub(crate) const COMMANDS: &[Command] = &[
             required("format", FORMAT),
         ],
         run: export,
+    },
+    Command {
+        name: "block-commit",
+        params: &[
+            optional("job-id", Kind::Str),
+            required("device", Kind::Str),
+            optional("base-node", Kind::Str),
+            optional("base", Kind::Str),
+            optional("top-node", Kind::Str),
+            optional("top", Kind::Str),
+            optional("speed", SPEED),
+            optional("auto-dismiss", Kind::Bool),
+        ],
+        run: commit,
+    },
+    Command {
+        name: "block-stream",
+        params: &[
+            optional("job-id", Kind::Str),
+            required("device", Kind::Str),
+            optional("base", Kind::Str),
+            optional("base-node", Kind::Str),
+            optional("speed", SPEED),
+            optional("auto-dismiss", Kind::Bool),
+        ],
+        run: stream,
+    },
+    Command { name: "query-jobs", params: &[], run: |caller, _| value(&caller.service.jobs()) },
+    Command {
+        name: "job-pause",
+        params: ID,
+        run: |caller, id| of_job(id, |id| caller.service.pause_job(id)),
+    },
+    Command {
+        name: "job-resume",
+        params: ID,
+        run: |caller, id| of_job(id, |id| caller.service.resume_job(id)),
+    },
+    Command {
+        name: "job-cancel",
+        params: ID,
+        run: |caller, id| of_job(id, |id| caller.service.cancel_job(id)),
+    },
+    Command {
+        name: "job-dismiss",
+        params: ID,
+        run: |caller, id| of_job(id, |id| caller.service.dismiss_job(id)),
+    },
+    Command {
+        name: "block-job-set-speed",
+        params: &[required("device", Kind::Str), required("speed", SPEED)],
+        run: set_speed,
     },
     Command { name: "quit", params: &[], run: quit },
 ];
@@ -148,6 +212,17 @@ fn nothing() -> Outcome {
 #[derive(Deserialize)]
 struct Name {
     name: String,
+}
+
+#[derive(Deserialize)]
+struct Id {
+    id: String,
+}
+
+#[derive(Deserialize)]
+struct Speed {
+    device: String,
+    speed: u64,
 }
 
 #[derive(Deserialize)]
@@ -248,7 +323,36 @@ fn query_snapshot(caller: &Caller<'_>, arguments: Map<String, Value>) -> Outcome
 }
 
 fn delete(caller: &Caller<'_>, arguments: Map<String, Value>) -> Outcome {
-    caller.service.delete(&typed::<Name>(arguments)?.name)?;
+    let id = caller.service.delete(typed::<DeleteRequest>(arguments)?)?;
+    Ok(json!({ "job-id": id }))
+}
+
+fn commit(caller: &Caller<'_>, arguments: Map<String, Value>) -> Outcome {
+    caller.service.commit(typed::<CommitRequest>(arguments)?)?;
+    nothing()
+}
+
+fn stream(caller: &Caller<'_>, arguments: Map<String, Value>) -> Outcome {
+    caller.service.stream(typed::<StreamRequest>(arguments)?)?;
+    nothing()
+}
+
+/// A command that names a job and nothing else. QEMU's class for a job that is not there is `GenericError`.
+fn of_job(arguments: Map<String, Value>, ask: impl Fn(&str) -> block::Result<()>) -> Outcome {
+    let Id { id } = typed(arguments)?;
+    ask(&id).map_err(|error| CommandError::generic(error.to_string()))?;
+    nothing()
+}
+
+fn set_speed(caller: &Caller<'_>, arguments: Map<String, Value>) -> Outcome {
+    let Speed { device, speed } = typed(arguments)?;
+    caller.service.set_job_speed(&device, speed).map_err(|error| {
+        let class = match error.kind() {
+            ErrorKind::NotFound => ErrorClass::DeviceNotActive,
+            _ => ErrorClass::GenericError,
+        };
+        CommandError { class, desc: error.to_string() }
+    })?;
     nothing()
 }
 

@@ -11,6 +11,8 @@ pub(crate) enum ErrorClass {
     CommandNotFound,
     /// The named disk or snapshot does not exist.
     DeviceNotFound,
+    /// The named block job does not exist.
+    DeviceNotActive,
 }
 
 impl ErrorClass {
@@ -19,6 +21,7 @@ impl ErrorClass {
             Self::GenericError => "GenericError",
             Self::CommandNotFound => "CommandNotFound",
             Self::DeviceNotFound => "DeviceNotFound",
+            Self::DeviceNotActive => "DeviceNotActive",
         }
     }
 }

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use block::Result;
 use serde::{Deserialize, Serialize};
-use snapshot::{CreateRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, SnapshotRecord};
+use snapshot::{
+    CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo,
+    SnapshotRecord, StreamRequest,
+};
 
 /// The daemon, as its clients see it. Every method may be called from several threads at once and may take its time:
 /// it holds up only the client that asked.
@@ -36,8 +39,32 @@ pub trait Service: Send + Sync {
     /// Reads the super-blocks in a snapshot and judges each file system.
     fn probe(&self, name: &str) -> Result<Vec<DiskProbe>>;
 
-    /// Deletes a snapshot.
-    fn delete(&self, name: &str) -> Result<()>;
+    /// Begins to delete a snapshot; the job's id.
+    fn delete(&self, request: DeleteRequest) -> Result<String>;
+
+    /// Begins to merge layers down; the job's id.
+    fn commit(&self, request: CommitRequest) -> Result<String>;
+
+    /// Begins to pull layers up; the job's id.
+    fn stream(&self, request: StreamRequest) -> Result<String>;
+
+    /// The jobs, the oldest first.
+    fn jobs(&self) -> Vec<JobInfo>;
+
+    /// Has a job rest.
+    fn pause_job(&self, id: &str) -> Result<()>;
+
+    /// Has it go on.
+    fn resume_job(&self, id: &str) -> Result<()>;
+
+    /// Calls it off.
+    fn cancel_job(&self, id: &str) -> Result<()>;
+
+    /// Takes it from the list, once it has concluded.
+    fn dismiss_job(&self, id: &str) -> Result<()>;
+
+    /// Limits its copying to so many bytes a second; 0 for no limit.
+    fn set_job_speed(&self, id: &str, speed: u64) -> Result<()>;
 
     /// Takes the disks back to a snapshot; the newer ones go too if `discard_newer`, else they are a reason to refuse.
     fn revert(&self, name: &str, discard_newer: bool) -> Result<()>;

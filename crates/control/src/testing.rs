@@ -9,8 +9,9 @@ use block::{Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
-    CreateRequest, DiskProbe, DiskStatus, Event, FreezeOwner, Grade, ImageFormat, SnapshotDisk,
-    SnapshotRecord, Timing,
+    CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, Event, FreezeOwner, Grade,
+    ImageFormat, JobInfo, JobOptions, JobStatus, JobType, SnapshotDisk, SnapshotRecord, StreamRequest,
+    Timing,
 };
 use time::OffsetDateTime;
 
@@ -28,6 +29,7 @@ pub struct Fake {
 #[derive(Debug, Default)]
 struct State {
     snapshots: Vec<SnapshotRecord>,
+    jobs: Vec<JobInfo>,
     prepared: Option<CreateRequest>,
     lease: Option<Duration>,
     waiting: usize,
@@ -74,6 +76,26 @@ impl Fake {
     /// Whether a client asked the daemon to end.
     pub fn has_quit(&self) -> bool {
         self.lock().quit
+    }
+
+    /// A job that runs until it is cancelled, whatever it is; but a delete is over at once.
+    fn begin(&self, r#type: JobType, options: JobOptions, usual: &str) -> String {
+        let id = options.job_id.unwrap_or_else(|| usual.to_owned());
+        let (current_progress, total_progress) = (1 << 20, 1 << 30);
+        let status = match r#type {
+            JobType::SnapshotDelete => JobStatus::Concluded,
+            JobType::Commit | JobType::Stream => JobStatus::Running,
+        };
+        let job = JobInfo { id: id.clone(), r#type, status, current_progress, total_progress, error: None };
+        self.lock().jobs.push(job);
+        self.send(Event::Job { id: id.clone(), status });
+        id
+    }
+
+    fn with_job(&self, id: &str, change: impl FnOnce(&mut JobInfo)) -> Result<()> {
+        let mut state = self.lock();
+        let found = state.jobs.iter_mut().find(|job| job.id == id);
+        found.map(change).ok_or_else(|| Error::new(ErrorKind::NotFound, "Job not found"))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -170,10 +192,47 @@ impl Service for Fake {
         Ok(vec![DiskProbe { id: "vda".to_owned(), volumes: vec![volume] }])
     }
 
-    fn delete(&self, name: &str) -> Result<()> {
-        self.show(name)?;
-        self.lock().snapshots.retain(|snapshot| snapshot.name != name);
+    fn delete(&self, request: DeleteRequest) -> Result<String> {
+        self.show(&request.name)?;
+        self.lock().snapshots.retain(|snapshot| snapshot.name != request.name);
+        Ok(self.begin(JobType::SnapshotDelete, request.options, &request.name))
+    }
+
+    fn commit(&self, request: CommitRequest) -> Result<String> {
+        Ok(self.begin(JobType::Commit, request.options, &request.device))
+    }
+
+    fn stream(&self, request: StreamRequest) -> Result<String> {
+        Ok(self.begin(JobType::Stream, request.options, &request.device))
+    }
+
+    fn jobs(&self) -> Vec<JobInfo> {
+        self.lock().jobs.clone()
+    }
+
+    fn pause_job(&self, id: &str) -> Result<()> {
+        self.with_job(id, |job| job.status = JobStatus::Paused)
+    }
+
+    fn resume_job(&self, id: &str) -> Result<()> {
+        self.with_job(id, |job| job.status = JobStatus::Running)
+    }
+
+    fn cancel_job(&self, id: &str) -> Result<()> {
+        self.with_job(id, |job| {
+            job.status = JobStatus::Concluded;
+            job.error = Some("it was cancelled".to_owned());
+        })
+    }
+
+    fn dismiss_job(&self, id: &str) -> Result<()> {
+        self.with_job(id, |_| {})?;
+        self.lock().jobs.retain(|job| job.id != id);
         Ok(())
+    }
+
+    fn set_job_speed(&self, id: &str, _speed: u64) -> Result<()> {
+        self.with_job(id, |_| {})
     }
 
     fn revert(&self, name: &str, discard_newer: bool) -> Result<()> {

@@ -25,6 +25,12 @@ pub(crate) enum Command {
     /// Take, list, export, delete and go back to snapshots.
     #[command(subcommand)]
     Snapshot(Snapshot),
+    /// Look at the layers of disks, and merge some while the guest runs.
+    #[command(subcommand)]
+    Chain(Chain),
+    /// List, pause, resume, slow down, cancel jobs, and wait for them.
+    #[command(subcommand)]
+    Job(Job),
     /// Show the daemon's disks and what it is doing.
     Status {
         #[command(flatten)]
@@ -93,7 +99,8 @@ const DISK_KEYS: &str = "Keys of --disk, separated by commas; a comma inside a v
   metadata-cache=SIZE memory for what is known of where the disk's bytes are; 64M if absent
   werror=report|enospc|stop
                       the guest's writes that the host can not carry out: fail them; let them wait if there is no room
-                      (if absent); let them wait whatever the reason";
+                      (if absent); let them wait whatever the reason
+  max-overlays=N      delete the oldest snapshots when the disk has more overlays; no limit if absent";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Snapshot {
@@ -148,10 +155,12 @@ pub(crate) enum Snapshot {
         #[command(flatten)]
         output: Output,
     },
-    /// Delete a snapshot; what the guest sees does not change.
+    /// Delete a snapshot, whichever it is, while the guest runs; what it sees does not change.
     Delete {
         /// The snapshot's name.
         name: String,
+        #[command(flatten)]
+        job: JobFlags,
         #[command(flatten)]
         place: Place,
     },
@@ -180,6 +189,108 @@ pub(crate) enum Snapshot {
         #[command(flatten)]
         place: Place,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Chain {
+    /// List the layers of all disks, the active one of each first.
+    List {
+        #[command(flatten)]
+        daemon: Daemon,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Merge layers down into the one beneath them. The layers that vanish must hold no snapshot, but for the topmost:
+    /// its snapshot is then held by the base.
+    Commit {
+        /// The disk's id.
+        disk: String,
+        /// The layer to merge into, a file or a node name; the one beneath all others if absent.
+        #[arg(long, value_name = "LAYER")]
+        base: Option<String>,
+        /// The newest layer to merge; the active one if absent.
+        #[arg(long, value_name = "LAYER")]
+        top: Option<String>,
+        #[command(flatten)]
+        job: JobFlags,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Pull layers up into the one above them. The layers that vanish must hold no snapshot.
+    Stream {
+        /// The disk's id, for its active layer, or the node name of another layer.
+        layer: String,
+        /// The newest layer that stays beneath, a file or a node name; none if absent.
+        #[arg(long, value_name = "LAYER")]
+        base: Option<String>,
+        #[command(flatten)]
+        job: JobFlags,
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Job {
+    /// List the jobs.
+    List {
+        #[command(flatten)]
+        daemon: Daemon,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Have a job rest.
+    Pause {
+        /// The job's id.
+        id: String,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Have a paused job go on.
+    Resume {
+        /// The job's id.
+        id: String,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Limit how fast a job copies.
+    Speed {
+        /// The job's id.
+        id: String,
+        /// Bytes a second, with K, M or G if need be; 0 for no limit.
+        #[arg(value_parser = size)]
+        speed: u64,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Call a job off; its disks read as before.
+    Cancel {
+        /// The job's id.
+        id: String,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+    /// Wait until a job is over.
+    Wait {
+        /// The job's id.
+        id: String,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+}
+
+/// How a job is to run.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct JobFlags {
+    /// The job's id; one that says what it does if absent.
+    #[arg(long, value_name = "ID")]
+    pub(crate) job_id: Option<String>,
+    /// Bytes a second to copy at most, with K, M or G if need be; 0 for no limit.
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = size)]
+    pub(crate) speed: u64,
+    /// Only begin it: print its id and leave. `frazil job` tells of it from then on.
+    #[arg(long, conflicts_with = "state")]
+    pub(crate) no_wait: bool,
 }
 
 /// What to take a snapshot of.
@@ -229,6 +340,17 @@ fn seconds(text: &str) -> Result<Duration, String> {
     let most = snapshot::MAX_LEASE.as_secs();
     let seconds = text.parse().ok().filter(|seconds| (1..=most).contains(seconds));
     seconds.map(Duration::from_secs).ok_or_else(|| format!("a lease is a number of seconds from 1 to {most}"))
+}
+
+/// Bytes, with a binary unit perhaps.
+fn size(text: &str) -> Result<u64, String> {
+    let units = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
+    let unit = units.iter().find(|(letter, _)| text.to_ascii_uppercase().ends_with(*letter));
+    let (digits, shift) = unit.map_or((text, 0), |(_, shift)| (&text[..text.len() - 1], *shift));
+    let bytes = digits.parse().ok().and_then(|count: u64| count.checked_mul(1 << shift));
+    bytes
+        .filter(|bytes| i64::try_from(*bytes).is_ok())
+        .ok_or_else(|| "expected a number of bytes, such as 65536, 512K or 20M".to_owned())
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The commands: ask a daemon, or a state directory; print for people or for programs.
 
+mod chain;
+mod jobs;
 mod print;
 mod progress;
 mod table;
@@ -8,10 +10,12 @@ mod via;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
-use snapshot::{CreateRequest, FreezePolicy, Grade, SnapshotRecord};
+use snapshot::{CreateRequest, DeleteRequest, FreezePolicy, Grade, SnapshotRecord};
 
 use crate::cli::{Daemon, Output, Snapshot, What};
 use crate::failure::{Exit, Failure};
+pub(crate) use chain::chain;
+pub(crate) use jobs::job;
 use print::{print, show_or_json};
 use via::{Connection, Export, Via};
 
@@ -55,9 +59,10 @@ pub(crate) fn snapshot(command: Snapshot) -> Result<(), Failure> {
         Snapshot::Show { name, place, output } => {
             show_or_json(output, &Via::open(&place)?.show(&name)?, table::snapshot)
         }
-        Snapshot::Delete { name, place } => {
-            Via::open(&place)?.delete(&name)?;
-            print(&format!("deleted {name}\n"))
+        Snapshot::Delete { name, job, place } => {
+            let mut via = Via::open(&place)?;
+            let id = via.delete(DeleteRequest { name: name.clone(), options: jobs::options(&job) })?;
+            jobs::follow(&mut via, &id, &job, &format!("deleted {name}"))
         }
         Snapshot::Export { name, disk, format, out, place } => {
             let out = absolute(out)?;

@@ -46,6 +46,8 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Serve(told) => serve::run(configuration(told)?).map_err(|error| not_served(&error)),
         Command::Snapshot(snapshot) => client::snapshot(snapshot),
+        Command::Chain(chain) => client::chain(chain),
+        Command::Job(job) => client::job(job),
         Command::Status { daemon, output } => client::status(&daemon, output),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "frazil", &mut io::stdout());

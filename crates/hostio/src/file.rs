@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use block::{ByteRange, Context, Error, ErrorKind, Result, Storage};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, fstatfs, seek};
@@ -177,6 +178,34 @@ fn direct_alignment(file: &File) -> Result<NonZeroU32> {
     NonZeroU32::new(size).ok_or_else(|| Error::new(ErrorKind::Io, "the device reports no block size"))
 }
 
+/// A turn at writing to a file that goes on being read through another handle: its only writer, as long as this lives.
+#[derive(Debug)]
+pub struct Writing {
+    reader: Arc<HostFile>,
+    writer: HostFile,
+}
+
+impl Writing {
+    /// Takes the turn, as [`HostFile::reopen_for_writing`].
+    pub fn begin(reader: Arc<HostFile>) -> Result<Self> {
+        let writer = reader.reopen_for_writing()?;
+        Ok(Self { reader, writer })
+    }
+
+    /// The file, open for writing.
+    pub fn file(&self) -> &HostFile {
+        &self.writer
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        // It is granted, for the writer, which is closed only after this, has the same lock. If it were not, other
+        // programs could write, and nothing worse.
+        let _ = lock::forbid_writers(&self.reader.file);
+    }
+}
+
 impl Storage for HostFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.file.read_exact_at(buf, offset).context(|| format!("read {} at {offset}", self.path.display()))
@@ -299,6 +328,20 @@ mod tests {
         drop(ours);
         assert_eq!(HostFile::open(&path, WRITE).unwrap_err().kind(), ErrorKind::Busy);
         writer.reopen_for_writing().unwrap();
+    }
+
+    #[test]
+    fn after_a_turn_at_writing_a_reader_keeps_writers_away_as_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        drop(HostFile::create(&path, Cache::Writeback).unwrap());
+        let reader = Arc::new(HostFile::open(&path, READ).unwrap());
+        let turn = Writing::begin(Arc::clone(&reader)).unwrap();
+        turn.file().write_at(&[1; 512], 0).unwrap();
+        assert_eq!(HostFile::open(&path, READ).unwrap_err().kind(), ErrorKind::Busy);
+        drop(turn);
+        assert_eq!(HostFile::open(&path, WRITE).unwrap_err().kind(), ErrorKind::Busy);
+        HostFile::open(&path, READ).unwrap();
     }
 
     /// A guest may write zeroes to any sector, also of a disk on a device with blocks of 4 KiB.

@@ -11,7 +11,7 @@ mod ring;
 mod small;
 mod socket;
 
-pub use file::{Cache, HostFile, Open};
+pub use file::{Cache, HostFile, Open, Writing};
 pub use limits::raise_open_files;
 pub use mapped::MappedFile;
 pub use ring::{Completion, Ring, read_cached, read_now, write_now};

@@ -47,17 +47,23 @@ pub(crate) fn downgrade(file: &File) -> Result<()> {
 /// for reading. `reader` goes on reading. There is no instant at which another process could begin to write.
 /// [`ErrorKind::Busy`] if others read it, and then all is as before.
 pub(crate) fn hand_over(reader: &File, writer: &File) -> Result<()> {
-    let unshare = |file: &File, kind| {
-        [UNSHARED + WRITE, UNSHARED + RESIZE].into_iter().try_for_each(|byte| set(file, kind, byte))
-    };
-    unshare(writer, libc::F_RDLCK)?;
-    unshare(reader, libc::F_UNLCK)?;
+    forbid_writers(writer)?;
+    unshared(reader, libc::F_UNLCK)?;
     let taken = acquire(writer, true);
     if taken.is_err() {
         // Granted, for `writer` has the same lock, and nobody wants more of it.
-        unshare(reader, libc::F_RDLCK)?;
+        forbid_writers(reader)?;
     }
     taken
+}
+
+/// Keeps everybody else from writing, as each reader does.
+pub(crate) fn forbid_writers(file: &File) -> Result<()> {
+    unshared(file, libc::F_RDLCK)
+}
+
+fn unshared(file: &File, kind: i32) -> Result<()> {
+    [UNSHARED + WRITE, UNSHARED + RESIZE].into_iter().try_for_each(|byte| set(file, kind, byte))
 }
 
 fn range(kind: i32, byte: i64) -> libc::flock {

@@ -121,9 +121,14 @@ impl Chain {
         self.active.load().as_ref().and_then(|active| active.sealing.clone())
     }
 
-    /// The sealing layer is on stable storage: a guest's flush need not sync it any more.
-    pub(crate) fn sealed(&self) {
-        if let Some(active) = &*self.active.load() {
+    /// This layer is on stable storage: a guest's flush need not sync it any more. The caller has the right to change
+    /// chains, or another one is sealing by now, and stays so.
+    pub(crate) fn sealed(&self, layer: &Arc<Layer>) {
+        // Under the lock of a pivot, so that none comes in between.
+        let _layers = self.layers();
+        if let Some(active) = &*self.active.load()
+            && active.sealing.as_ref().is_some_and(|sealing| Arc::ptr_eq(sealing, layer))
+        {
             self.active.store(Some(Arc::new(Active { top: Arc::clone(&active.top), sealing: None })));
         }
     }
@@ -146,7 +151,6 @@ impl Chain {
     /// Shows these layers from now on, which read the same as those before, and all of which are open: a job has moved
     /// data between them. The active one stays. Not while a cut is under way, whose overlay was opened over the layers as
     /// they were.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for the jobs that merge layers"))]
     pub(crate) fn relayer(&self, layers: Vec<Arc<Layer>>, how: Opening) {
         let Some(base) = layers.first() else { return };
         // All share one map, as before.

@@ -16,12 +16,15 @@ use crate::store::Store;
 pub(crate) struct Served {
     pub(crate) chain: Arc<Chain>,
     pub(crate) how: Opening,
+    /// With more overlays than this, the oldest snapshots go.
+    pub(crate) max_overlays: Option<u32>,
 }
 
 /// The disks of a cut, before it.
 pub(crate) struct Group {
     pub(crate) store: Arc<Store>,
-    pub(crate) name: String,
+    /// The snapshot's; a job's pivot takes none.
+    pub(crate) name: Option<String>,
     pub(crate) disks: Vec<Served>,
 }
 
@@ -59,7 +62,7 @@ impl Layers for Group {
 
 impl Group {
     fn create(&self, prepared: &mut Vec<Prepared>) -> Result<()> {
-        for Served { chain, how } in &self.disks {
+        for Served { chain, how, .. } in &self.disks {
             let (base, top) = {
                 let layers = chain.layers();
                 let ends = layers.first().zip(layers.last());
@@ -73,7 +76,7 @@ impl Group {
             for disk in &*prepared {
                 manifest.push_layer(disk.chain.id(), &disk.top.entry, &disk.overlay.entry);
             }
-            manifest.pending = Some(self.name.clone());
+            manifest.pending.clone_from(&self.name);
             Ok(())
         })
     }
@@ -135,6 +138,6 @@ pub(crate) fn seal(store: &Store, chain: &Chain) -> Result<()> {
     let Some(layer) = chain.sealing() else { return Ok(()) };
     layer.flush()?;
     store.layer_sealed(chain.id(), &layer)?;
-    chain.sealed();
+    chain.sealed(&layer);
     Ok(())
 }

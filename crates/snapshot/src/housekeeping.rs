@@ -1,4 +1,5 @@
-//! What must be done now and then, by one thread: end leases, write tables out, watch the room.
+//! What must be done now and then, by one thread: end leases, write tables out, watch the room, begin the merging that
+//! nobody asks for.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use tracing::{error, info, warn};
 use crate::cut::Events;
 use crate::events::Bus;
 use crate::group::Served;
+use crate::jobs::Jobs;
 use crate::layer::MAX_PENDING;
 use crate::manager::Prepared;
 use crate::model::Event;
@@ -39,11 +41,14 @@ pub(crate) struct Duties {
     pub(crate) disks: Vec<Served>,
     /// See [`Manager`](crate::Manager): held while a chain or its manifest is changed.
     pub(crate) change: Arc<Mutex<bool>>,
+    /// See [`World`](crate::jobs::World).
+    pub(crate) chains: Arc<Mutex<()>>,
     /// See [`Manager`](crate::Manager): held while images may be closed. Not `change`: a snapshot that is asked for
     /// while tables are written out is not refused.
     pub(crate) images: Arc<Mutex<()>>,
     pub(crate) held: Arc<Mutex<Option<Prepared>>>,
     pub(crate) bus: Arc<Bus>,
+    pub(crate) jobs: Arc<Jobs>,
 }
 
 impl Housekeeping {
@@ -56,6 +61,7 @@ impl Housekeeping {
                 duties.end_lease();
                 if round.is_multiple_of(SECOND) {
                     duties.write_tables_out();
+                    duties.jobs.tidy();
                 }
                 if round.is_multiple_of(5 * SECOND) {
                     duties.watch_space(&mut low);
@@ -96,6 +102,7 @@ impl Duties {
         }
         // As any other undo; whoever has this lock is about to release or abort the same.
         let _change = self.change.lock().unwrap_or_else(PoisonError::into_inner);
+        let _chains = self.chains.lock().unwrap_or_else(PoisonError::into_inner);
         let ended = self.held().take_if(is_over);
         if let Some(prepared) = ended {
             info!(snapshot = prepared.name, "the lease of a prepared snapshot has ended: it is undone");

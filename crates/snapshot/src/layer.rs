@@ -154,7 +154,6 @@ impl Layer {
     /// for writing already. What the job writes must not change what is read through the layers above.
     ///
     /// Errors: [`ErrorKind::Busy`] while another program reads the image.
-    #[allow(dead_code, reason = "the jobs that follow call it")]
     pub(crate) fn begin_writing(&self, id: &str, journals: &JournalFolder) -> Result<()> {
         if !self.disk().read_only() {
             return Ok(());

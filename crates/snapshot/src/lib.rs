@@ -9,6 +9,7 @@ mod events;
 mod export;
 mod group;
 mod housekeeping;
+mod jobs;
 mod layer;
 mod manager;
 mod manifest;
@@ -26,6 +27,7 @@ pub use cut::{
     PivotedLayers, PreparedLayers, SystemClock, ThawOutcome, grade,
 };
 pub use export::Progress;
+pub use jobs::{CommitRequest, DeleteRequest, JobInfo, JobOptions, JobStatus, JobType, StreamRequest};
 pub use layer::DEFAULT_METADATA_CACHE;
 pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager};
 pub use model::{

@@ -22,6 +22,7 @@ use crate::events::Bus;
 use crate::export::{self, Progress};
 use crate::group::{Group, Served, seal};
 use crate::housekeeping::{Duties, Housekeeping, growth_folders};
+use crate::jobs::{Jobs, Readers, World};
 use crate::layer::{Layer, Opening};
 use crate::model::{
     CreateRequest, DiskStatus, Event, FreezeOwner, FreezePolicy, ImageFormat, SnapshotDisk, SnapshotRecord,
@@ -57,6 +58,8 @@ pub struct DiskConfig {
     pub metadata_cache: u64,
     /// What becomes of changes that the host can not carry out.
     pub write_errors: WriteErrors,
+    /// With more overlays than this, the oldest snapshots are deleted; `None` for no limit.
+    pub max_overlays: Option<u32>,
 }
 
 impl DiskConfig {
@@ -79,18 +82,28 @@ pub struct FreezeDefaults {
 /// One cut, delete or revert runs at a time; the next one is refused, so that no client waits for another's guest.
 /// Queries and exports never wait for a cut.
 pub struct Manager {
-    store: Arc<Store>,
-    disks: BTreeMap<String, Served>,
+    pub(crate) store: Arc<Store>,
+    pub(crate) disks: BTreeMap<String, Served>,
     defaults: FreezeDefaults,
     freezer: Option<Arc<Freezer>>,
     bus: Arc<Bus>,
     held: Arc<Mutex<Option<Prepared>>>,
     /// Held by whoever changes a chain or its manifest; true once no more changes are taken.
     change: Arc<Mutex<bool>>,
-    /// Held, after `change`, by whoever closes images, and by housekeeping while it flushes them.
+    /// Held, after `change`, by whoever is changing one right now: see [`World`].
+    chains: Arc<Mutex<()>>,
+    /// Held, after `chains`, by whoever closes images, and by housekeeping while it flushes them.
     images: Arc<Mutex<()>>,
+    readers: Readers,
+    pub(crate) jobs: Arc<Jobs>,
     housekeeping: Option<Housekeeping>,
     _collector: Option<Collector>,
+}
+
+/// The right to change chains.
+struct Change<'a> {
+    _chains: MutexGuard<'a, ()>,
+    _turn: MutexGuard<'a, bool>,
 }
 
 /// A snapshot between *prepare* and *release*.
@@ -124,7 +137,8 @@ impl Manager {
         let mut served = BTreeMap::new();
         for disk in disks {
             let chain = Arc::new(open_chain(&store, disk)?);
-            served.insert(disk.id.clone(), Served { chain, how: disk.opening() });
+            let max_overlays = disk.max_overlays;
+            served.insert(disk.id.clone(), Served { chain, how: disk.opening(), max_overlays });
         }
         let mut manager = Self::assemble(store, served, defaults, guest)?;
         // Opening the chains has synced them; those that this run does not serve are when they are opened.
@@ -135,11 +149,14 @@ impl Manager {
         let duties = Duties {
             store: Arc::clone(&manager.store),
             change: Arc::clone(&manager.change),
+            chains: Arc::clone(&manager.chains),
             images: Arc::clone(&manager.images),
             disks: manager.disks.values().cloned().collect(),
             held: Arc::clone(&manager.held),
             bus: Arc::clone(&manager.bus),
+            jobs: Arc::clone(&manager.jobs),
         };
+        manager.jobs.resume();
         manager.housekeeping = Some(Housekeeping::start(duties)?);
         Ok(manager)
     }
@@ -171,15 +188,26 @@ impl Manager {
             Freezer::new(guest, debts, Arc::new(SystemClock), Arc::clone(&bus) as _, Limits::default())
         });
         let collector = freezer.clone().map(Collector::start).transpose()?;
+        let world = World {
+            store: Arc::clone(&store),
+            disks: disks.clone(),
+            bus: Arc::clone(&bus),
+            chains: Arc::default(),
+            held: Arc::default(),
+            readers: Readers::default(),
+        };
         Ok(Self {
             store,
             disks,
             defaults,
             freezer,
             bus,
-            held: Arc::default(),
+            held: Arc::clone(&world.held),
             change: Arc::default(),
+            chains: Arc::clone(&world.chains),
             images: Arc::default(),
+            readers: world.readers.clone(),
+            jobs: Arc::new(Jobs::new(world)),
             housekeeping: None,
             _collector: collector,
         })
@@ -252,6 +280,7 @@ impl Manager {
 
     /// Reads the file systems' super-blocks in a snapshot.
     pub fn probe(&self, name: &str) -> Result<Vec<DiskProbe>> {
+        let _reading = self.readers.enter(name)?;
         let disks = self.show(name)?.disks;
         let probe = |disk: SnapshotDisk| {
             let volumes = probe::probe(&*self.snapshot_disk(name, &disk.id)?)?;
@@ -269,13 +298,8 @@ impl Manager {
         format: ImageFormat,
         progress: Progress<'_>,
     ) -> Result<()> {
+        let _reading = self.readers.enter(name)?;
         export::export(&*self.snapshot_disk(name, disk)?, out, format, progress)
-    }
-
-    /// Forgets a snapshot, the newest of its disks, and merges what was written since into the image that held it.
-    /// Refused while a front-end is connected.
-    pub fn delete(&self, name: &str) -> Result<()> {
-        self.maintain(name, |store| edit::delete(store, name))
     }
 
     /// Brings the disks of a snapshot back to it. Refused while a front-end is connected, and if newer snapshots would
@@ -312,10 +336,14 @@ impl Manager {
     pub fn end_changes(&self) -> Result<()> {
         let mut change = self.lock_change();
         *change = true;
-        match self.held().take() {
+        let chains = self.lock_chains();
+        let ended = match self.held().take() {
             Some(prepared) => prepared.held.abort("the daemon ends"),
             None => Ok(()),
-        }
+        };
+        drop(chains);
+        self.jobs.stop();
+        ended
     }
 
     /// The second half: brings all that was acknowledged onto stable storage. No front-end is served any more. A disk
@@ -350,7 +378,7 @@ impl Manager {
 
     /// The right to change chains. Refused while a snapshot is prepared or another change is under way: a client shall
     /// not wait for another one's guest.
-    fn begin(&self) -> Result<MutexGuard<'_, bool>> {
+    fn begin(&self) -> Result<Change<'_>> {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
         let change = match self.change.try_lock() {
             Ok(change) => change,
@@ -364,12 +392,15 @@ impl Manager {
         if *change {
             return busy("the daemon is ending".to_owned());
         }
-        match &*self.held() {
-            None => Ok(change),
-            Some(prepared) => {
-                busy(format!("snapshot '{}' is prepared: release or abort it first", prepared.name))
-            }
+        if let Some(prepared) = &*self.held() {
+            return busy(format!("snapshot '{}' is prepared: release or abort it first", prepared.name));
         }
+        // A job may be at its switch: that is over soon.
+        Ok(Change { _chains: self.lock_chains(), _turn: change })
+    }
+
+    fn lock_chains(&self) -> MutexGuard<'_, ()> {
+        self.chains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_change(&self) -> MutexGuard<'_, bool> {
@@ -381,7 +412,7 @@ impl Manager {
     }
 
     /// Takes what is prepared, with the right to change chains.
-    fn take_prepared(&self, name: &str) -> Result<(MutexGuard<'_, bool>, Prepared)> {
+    fn take_prepared(&self, name: &str) -> Result<(Change<'_>, Prepared)> {
         let is_it = |prepared: &mut Prepared| prepared.name == name;
         let missing = || {
             let story = format!("no snapshot '{name}' is prepared (its lease may have ended)");
@@ -391,7 +422,7 @@ impl Manager {
             return Err(missing());
         }
         // While something is prepared, only the end of it can be under way.
-        let change = self.lock_change();
+        let change = Change { _turn: self.lock_change(), _chains: self.lock_chains() };
         let prepared = self.held().take_if(is_it).ok_or_else(missing)?;
         Ok((change, prepared))
     }
@@ -417,33 +448,33 @@ impl Manager {
             clock: Arc::new(SystemClock),
             events: Arc::clone(&self.bus) as _,
         };
-        Ok((Cut::new(plan, ports), Group { store: Arc::clone(&self.store), name: request.name, disks }))
+        Ok((Cut::new(plan, ports), Group { store: Arc::clone(&self.store), name: Some(request.name), disks }))
     }
 
     fn snapshot_disk(&self, name: &str, id: &str) -> Result<Arc<dyn Disk>> {
-        let place = || {
+        // By its path: a job may be about to take layers out of the chain, and then this one's content is in another one.
+        let held = {
             let manifest = self.store.manifest();
-            manifest.intact(name).and_then(|_| manifest.layer_of(name, id))
+            let index = manifest.intact(name).and_then(|_| manifest.layer_of(name, id))?;
+            let layers = &manifest.disk(id)?.layers;
+            layers.get(index).map(|layer| (index, layer.number))
         };
         let maintained = || Error::new(ErrorKind::Busy, format!("disk {id} is being maintained"));
-        let index = place()?;
-        let open = match self.disks.get(id) {
-            Some(disk) => disk.chain.layers().get(index).cloned(),
+        let (index, number) = held.ok_or_else(maintained)?;
+        let layer = match self.disks.get(id) {
+            Some(disk) => disk.chain.layers().iter().find(|layer| layer.entry.number == number).cloned(),
             None => self.store.open_layers(id, index + 1, Opening::OFFLINE, None)?.pop(),
         };
-        let layer = open.ok_or_else(maintained)?;
-        // A delete may have come in between. One that comes from here on finds the image in use.
-        match place()? == index {
-            true => Ok(Arc::new(layer.view())),
-            false => Err(maintained()),
-        }
+        Ok(Arc::new(layer.ok_or_else(maintained)?.view()))
     }
 
     /// Runs `work` on the state directory with the images of a snapshot's disks closed.
     fn maintain(&self, name: &str, work: impl FnOnce(&Store) -> Result<()>) -> Result<()> {
+        let ids = self.show(name)?.disks.into_iter().map(|disk| disk.id).collect();
+        self.jobs.make_way(&ids)?;
         let _change = self.begin()?;
+        self.jobs.refuse_busy(&ids)?;
         let _images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
-        let ids: Vec<_> = self.show(name)?.disks.into_iter().map(|disk| disk.id).collect();
         let disks: Vec<_> = ids.iter().filter_map(|id| self.disks.get(id)).collect();
         // A front-end that connects from here on waits at the gates.
         let closed: Vec<_> = disks.iter().map(|disk| disk.chain.gate().close()).collect();
@@ -473,7 +504,7 @@ fn open_chain(store: &Store, disk: &DiskConfig) -> Result<Chain> {
 }
 
 /// Opens a disk's layers as the manifest has them, the last one for writing unless the disk is read-only.
-fn open_layers(store: &Store, id: &str, how: Opening, read_only: bool) -> Result<Vec<Arc<Layer>>> {
+pub(crate) fn open_layers(store: &Store, id: &str, how: Opening, read_only: bool) -> Result<Vec<Arc<Layer>>> {
     let count = store.manifest().disk(id)?.layers.len();
     store.open_layers(id, count, how, (!read_only).then_some(count - 1))
 }

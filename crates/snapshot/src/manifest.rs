@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use block::{Context, Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::model::{ImageFormat, SnapshotRecord};
+use crate::jobs::JobRecord;
+use crate::model::{ImageFormat, SnapshotDisk, SnapshotRecord};
 
 /// The version of the file's layout that this code reads and writes.
 const VERSION: u32 = 1;
@@ -33,6 +34,20 @@ pub(crate) struct Manifest {
     /// Snapshots whose deletion was begun: their images hold a mixture of then and now.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub(crate) deleting: BTreeSet<String>,
+    /// Jobs that have not concluded, the oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) jobs: Vec<JobRecord>,
+    /// Images that have left their chain and are about to be removed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) unused: Vec<Unused>,
+}
+
+/// An image that no chain has any more.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct Unused {
+    pub(crate) disk: String,
+    pub(crate) layer: LayerEntry,
 }
 
 /// One disk's images.
@@ -43,6 +58,27 @@ pub(crate) struct DiskEntry {
     pub(crate) layers: Vec<LayerEntry>,
     /// The number of the next overlay; numbers are never used again.
     pub(crate) next: u32,
+    /// The image that the user gave, once it has left the chain: pulled up whole, it is not used any more. The disk is
+    /// known by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) base: Option<Base>,
+}
+
+/// An image that the user gave.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct Base {
+    pub(crate) path: PathBuf,
+    pub(crate) format: ImageFormat,
+}
+
+impl DiskEntry {
+    /// The image that the user gave.
+    pub(crate) fn given(&self) -> Base {
+        let first = self.layers.first().map(|layer| (layer.path.clone(), layer.format));
+        let (path, format) = first.unwrap_or_else(|| (PathBuf::new(), ImageFormat::Raw));
+        self.base.clone().unwrap_or(Base { path, format })
+    }
 }
 
 /// One image.
@@ -72,6 +108,8 @@ impl Manifest {
             snapshots: Vec::new(),
             pending: None,
             deleting: BTreeSet::new(),
+            jobs: Vec::new(),
+            unused: Vec::new(),
         }
     }
 
@@ -145,6 +183,12 @@ impl Manifest {
         Ok(snapshot)
     }
 
+    /// The snapshots of a disk that one of its images holds.
+    pub(crate) fn held_by(&self, id: &str, path: &Path) -> impl Iterator<Item = &SnapshotRecord> {
+        let holds = move |held: &SnapshotDisk| held.id == id && held.path == path;
+        self.snapshots.iter().filter(move |snapshot| snapshot.disks.iter().any(holds))
+    }
+
     /// Enters a snapshot that was taken, or its new state.
     pub(crate) fn enter(&mut self, record: &SnapshotRecord) {
         self.pending = None;
@@ -181,6 +225,53 @@ impl Manifest {
         }
     }
 
+    /// Notes whether a layer is on stable storage.
+    pub(crate) fn set_sealed(&mut self, id: &str, number: u32, sealed: bool) {
+        let layers = self.disks.get_mut(id).map(|disk| &mut disk.layers[..]).unwrap_or_default();
+        layers.iter_mut().filter(|layer| layer.number == number).for_each(|layer| layer.sealed = sealed);
+    }
+
+    /// Notes that the layers of these disks are on stable storage, up to the one with the given number, if any; but for
+    /// those that a job writes to. Tells which snapshots that completes.
+    pub(crate) fn mark_sealed(&mut self, disks: &[(&str, Option<u32>)]) -> Vec<String> {
+        let moves = self.jobs.iter().flat_map(|job| &job.moves);
+        let targets: BTreeSet<_> = moves.map(|one| (one.disk.clone(), one.target())).collect();
+        for (id, unsealed) in disks {
+            let layers = self.disks.get_mut(*id).map(|disk| &mut disk.layers[..]).unwrap_or_default();
+            let end = layers.iter().position(|layer| Some(layer.number) == *unsealed).unwrap_or(layers.len());
+            let fixed = |layer: &LayerEntry| !targets.contains(&((*id).to_owned(), layer.number));
+            let layers = layers.iter_mut().enumerate().filter(|(_, layer)| fixed(layer));
+            layers.for_each(|(index, layer)| layer.sealed = index < end);
+        }
+        let layers = self.disks.values().flat_map(|disk| &disk.layers);
+        let sealed: BTreeSet<_> =
+            layers.filter(|layer| layer.sealed).map(|layer| layer.path.clone()).collect();
+        let mut completed = Vec::new();
+        for snapshot in self.snapshots.iter_mut().filter(|snapshot| !snapshot.sealed) {
+            snapshot.sealed = snapshot.disks.iter().all(|disk| sealed.contains(&disk.path));
+            completed.extend(snapshot.sealed.then(|| snapshot.name.clone()));
+        }
+        completed
+    }
+
+    /// Takes a layer out of a disk's chain. Its image is removed later, but for the one that the user gave.
+    pub(crate) fn remove_layer(&mut self, id: &str, entry: &LayerEntry) {
+        let Some(disk) = self.disks.get_mut(id) else { return };
+        disk.layers.retain(|layer| layer.number != entry.number);
+        match entry.number {
+            0 => disk.base = Some(Base { path: entry.path.clone(), format: entry.format }),
+            _ => self.unused.push(Unused { disk: id.to_owned(), layer: entry.clone() }),
+        }
+    }
+
+    /// The snapshots that the image `from` held are held by `to`.
+    pub(crate) fn move_snapshots(&mut self, id: &str, from: &Path, to: &LayerEntry) {
+        let parts = self.snapshots.iter_mut().flat_map(|snapshot| &mut snapshot.disks);
+        for part in parts.filter(|part| part.id == id && part.path == from) {
+            (part.path, part.format) = (to.path.clone(), to.format);
+        }
+    }
+
     /// Snapshots held by layers of `id` from index `from` on, the oldest first.
     pub(crate) fn snapshots_from(&self, id: &str, from: usize) -> Vec<&SnapshotRecord> {
         let layers = self.disks.get(id).map_or(&[][..], |disk| disk.layers.get(from..).unwrap_or_default());
@@ -206,7 +297,7 @@ mod tests {
         let mut manifest = Manifest::empty("boot");
         let layer =
             LayerEntry { path: "/images/a.raw".into(), format: ImageFormat::Raw, number: 0, sealed: false };
-        manifest.disks.insert("vda".into(), DiskEntry { layers: vec![layer], next: 1 });
+        manifest.disks.insert("vda".into(), DiskEntry { layers: vec![layer], next: 1, base: None });
         manifest.store(&path).unwrap();
         assert_eq!(Manifest::load(&path).unwrap(), Some(manifest));
     }

@@ -8,6 +8,8 @@ use hostio::Cache;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use crate::jobs::JobStatus;
+
 /// How sure it is that the guest's file systems are clean in the snapshot.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -250,6 +252,22 @@ pub enum Event {
         /// Bytes left.
         free: u64,
     },
+    /// `JOB_STATUS_CHANGE`, QEMU's own: a job has another status.
+    Job {
+        /// The job's id.
+        id: String,
+        /// Its status.
+        status: JobStatus,
+    },
+    /// `FRAZIL_SNAPSHOT_EXPIRED`: a snapshot is being deleted, for a disk has too many overlays.
+    Expired {
+        /// The snapshot's name.
+        name: String,
+        /// The disk.
+        disk: String,
+        /// How many there are, and how many there may be.
+        reason: String,
+    },
 }
 
 impl Event {
@@ -265,6 +283,8 @@ impl Event {
             Self::ThawConfirmed { .. } => "FRAZIL_THAW_CONFIRMED",
             Self::IoError { .. } => "BLOCK_IO_ERROR",
             Self::SpaceLow { .. } => "FRAZIL_SPACE_LOW",
+            Self::Job { .. } => "JOB_STATUS_CHANGE",
+            Self::Expired { .. } => "FRAZIL_SNAPSHOT_EXPIRED",
         }
     }
 }

@@ -8,7 +8,6 @@
 //! STATE/layers/          overlays of disks whose base is not a regular file
 //! ```
 
-use std::collections::BTreeSet;
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -21,7 +20,7 @@ use tracing::warn;
 
 use crate::backing::AllowedFolders;
 use crate::layer::{Access, Beneath, JournalFolder, Layer, Opening};
-use crate::manifest::{DiskEntry, LayerEntry, Manifest};
+use crate::manifest::{DiskEntry, LayerEntry, Manifest, Unused};
 use crate::model::{ImageFormat, SnapshotRecord};
 
 /// How many numbers are tried for an overlay whose file name is taken by the rest of a crashed attempt.
@@ -57,6 +56,7 @@ impl Store {
         if let Some(manifest) = loaded {
             *store.manifest() = manifest;
             store.settle(&boot_id);
+            store.remove_unused();
         }
         Ok(store)
     }
@@ -141,7 +141,7 @@ impl Store {
             self.refuse_buried(id, &path)?;
         }
         if let Ok(known) = self.manifest().disk(id) {
-            let base = &known.layers[0];
+            let base = known.given();
             if base.path == path && base.format == format {
                 return Ok(());
             }
@@ -161,7 +161,7 @@ impl Store {
         let access = if read_only { Access::Read } else { Access::Write { journals: &self.journals } };
         Layer::open(id, &base, Beneath::Named(&self.folders), how, access)?;
         self.update(|manifest| {
-            manifest.disks.insert(id.to_owned(), DiskEntry { layers: vec![base], next: 1 });
+            manifest.disks.insert(id.to_owned(), DiskEntry { layers: vec![base], next: 1, base: None });
             Ok(())
         })
     }
@@ -226,23 +226,13 @@ impl Store {
         &self,
         disks: impl Iterator<Item = (&'a str, Option<u32>)>,
     ) -> Result<Vec<String>> {
+        let disks: Vec<_> = disks.collect();
         let mut marked = self.manifest().clone();
-        for (id, unsealed) in disks {
-            let layers = marked.disks.get_mut(id).map(|disk| &mut disk.layers[..]).unwrap_or_default();
-            let end = layers.iter().position(|layer| Some(layer.number) == unsealed).unwrap_or(layers.len());
-            layers.iter_mut().enumerate().for_each(|(index, layer)| layer.sealed = index < end);
-        }
-        let layers = marked.disks.values().flat_map(|disk| &disk.layers);
-        let sealed: BTreeSet<_> =
-            layers.filter(|layer| layer.sealed).map(|layer| layer.path.clone()).collect();
+        marked.mark_sealed(&disks);
         let mut completed = Vec::new();
-        for snapshot in marked.snapshots.iter_mut().filter(|snapshot| !snapshot.sealed) {
-            snapshot.sealed = snapshot.disks.iter().all(|disk| sealed.contains(&disk.path));
-            completed.extend(snapshot.sealed.then(|| snapshot.name.clone()));
-        }
         if marked != *self.manifest() {
             self.update(|manifest| {
-                *manifest = marked;
+                completed = manifest.mark_sealed(&disks);
                 Ok(())
             })?;
         }
@@ -267,7 +257,8 @@ impl Store {
         how: Opening,
     ) -> Result<Arc<Layer>> {
         let folder = self.growth_folder(base);
-        let stem = base.entry.path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let given = self.manifest().disk(id)?.given();
+        let stem = given.path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let first = self.manifest().disk(id)?.next;
         for number in first..first.saturating_add(MAX_LEFTOVERS) {
             let path = folder.join(format!("{stem}.{id}-{number:06}.qcow2"));
@@ -313,6 +304,27 @@ impl Store {
         }
     }
 
+    /// Removes images that have left their chains, and then the manifest's note of them.
+    pub(crate) fn remove_unused(&self) {
+        let unused = self.manifest().unused.clone();
+        if unused.is_empty() {
+            return;
+        }
+        unused.iter().for_each(|Unused { disk, layer }| self.discard(disk, layer));
+        let noted = self.update(|manifest| {
+            manifest.unused.retain(|one| !unused.contains(one));
+            Ok(())
+        });
+        if let Err(error) = noted {
+            warn!(%error, "images that are removed will be looked for once more");
+        }
+    }
+
+    /// Where the journals are.
+    pub(crate) fn journals(&self) -> &JournalFolder {
+        &self.journals
+    }
+
     /// The layer is sealed and flushed: its journal has nothing more to say, and others may read the image.
     pub(crate) fn layer_sealed(&self, id: &str, layer: &Layer) -> Result<()> {
         self.journals.remove(id, layer.entry.number)?;
@@ -322,7 +334,7 @@ impl Store {
 
 /// How an overlay's header names the layer beneath: by file name where both are in one folder, so that the folder can
 /// be moved.
-fn backing_name(overlay: &Path, beneath: &LayerEntry) -> (String, String) {
+pub(crate) fn backing_name(overlay: &Path, beneath: &LayerEntry) -> (String, String) {
     let is_beside = overlay.parent() == beneath.path.parent();
     let name = beneath.path.file_name().unwrap_or_default().to_string_lossy();
     // With a colon in it, a bare name would be taken for a protocol by QEMU.

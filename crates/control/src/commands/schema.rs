@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use snapshot::{ErrorAction, Event, IoOperation, Step};
+use snapshot::{ErrorAction, Event, IoOperation, JobStatus, Step};
 use time::OffsetDateTime;
 
 use super::*;
@@ -120,7 +120,15 @@ fn what_commands_return_is_what_is_documented() {
         ("query-snapshot", json!({"name": "a", "probe": true})),
         ("snapshot-export", json!({"name": "a", "disk": "vda", "target": "/x", "format": "raw"})),
         ("snapshot-revert", prepare("b")),
-        ("snapshot-delete", prepare("b")),
+        ("snapshot-delete", json!({"name": "b", "job-id": "j", "speed": 1, "auto-dismiss": false})),
+        ("block-commit", json!({"device": "vda", "top": "/images/vda.1.qcow2", "base-node": "vda.0"})),
+        ("block-stream", json!({"device": "vda.1", "job-id": "up"})),
+        ("job-pause", json!({"id": "j"})),
+        ("job-resume", json!({"id": "j"})),
+        ("block-job-set-speed", json!({"device": "j", "speed": 0})),
+        ("job-cancel", json!({"id": "j"})),
+        ("query-jobs", json!({})),
+        ("job-dismiss", json!({"id": "j"})),
         ("quit", json!({})),
     ];
     let documented = definitions("command");
@@ -157,6 +165,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
             nospace: true,
             reason: "no storage space".into(),
         },
+        Event::Expired { name: name(), disk: "vda".into(), reason: "too many".into() },
     ];
     let steps = [
         Step::Prepare,
@@ -171,6 +180,18 @@ fn the_events_and_their_data_are_the_documented_ones() {
     ];
     assert_eq!(definitions("enum")["SnapshotStep"]["data"], json!(steps));
     events.extend(steps.map(step_event));
+    let statuses = [
+        JobStatus::Created,
+        JobStatus::Running,
+        JobStatus::Paused,
+        JobStatus::Waiting,
+        JobStatus::Pending,
+        JobStatus::Aborting,
+        JobStatus::Concluded,
+        JobStatus::Null,
+    ];
+    assert_eq!(definitions("enum")["JobStatus"]["data"], json!(statuses));
+    events.extend(statuses.map(|status| Event::Job { id: name(), status }));
     let mut seen = BTreeMap::from([(EXPORT_PROGRESS.to_owned(), ())]);
     let documented = definitions("event");
     for event in &events {
@@ -178,7 +199,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
         match event {
             Event::Step { .. } | Event::Created { .. } | Event::Sealed { .. } | Event::Failed { .. } => {}
             Event::Stall { .. } | Event::ThawOwed { .. } | Event::ThawConfirmed { .. } => {}
-            Event::SpaceLow { .. } | Event::IoError { .. } => {}
+            Event::SpaceLow { .. } | Event::IoError { .. } | Event::Job { .. } | Event::Expired { .. } => {}
         }
         seen.insert(event.name().to_owned(), ());
         members(&documented[event.name()]["data"], &json!(event), event.name());

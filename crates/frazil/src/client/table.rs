@@ -4,7 +4,7 @@ use block::IoStatus;
 use comfy_table::{CellAlignment, Table, presets};
 use control::DaemonStatus;
 use serde::{Deserialize, Serialize};
-use snapshot::{DiskProbe, DiskStatus, Grade, SnapshotRecord, Timing};
+use snapshot::{DiskProbe, DiskStatus, Grade, JobInfo, SnapshotRecord, Timing};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -149,6 +149,60 @@ pub(super) fn status(status: &Status) -> String {
     list_of(&facts)
         + "\n"
         + &table(&["DISK", "SIZE", "ACCESS", "FRONT-END", "LAYERS", "ACTIVE"], rows, &[1, 4])
+}
+
+/// `frazil job list`.
+pub(super) fn jobs(jobs: &[JobInfo]) -> String {
+    if jobs.is_empty() {
+        return "no jobs\n".to_owned();
+    }
+    let rows = jobs.iter().map(|job| {
+        let (done, total) = (bytes(job.current_progress), bytes(job.total_progress));
+        let error = job.error.clone().unwrap_or_else(|| "-".to_owned());
+        vec![job.id.clone(), word(&job.r#type), word(&job.status), done, total, error]
+    });
+    table(&["JOB", "TYPE", "STATUS", "COPIED", "OF", "ERROR"], rows, &[3, 4])
+}
+
+/// A layer, as far as it is shown.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Node {
+    node_name: String,
+    drv: String,
+    image: NodeImage,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct NodeImage {
+    filename: String,
+    virtual_size: u64,
+    actual_size: Option<u64>,
+}
+
+/// `frazil chain list`.
+pub(super) fn nodes(nodes: &[Node]) -> String {
+    let rows = nodes.iter().map(|node| {
+        let image = &node.image;
+        let taken = image.actual_size.map_or_else(|| "-".to_owned(), bytes);
+        vec![
+            node.node_name.clone(),
+            node.drv.clone(),
+            bytes(image.virtual_size),
+            taken,
+            image.filename.clone(),
+        ]
+    });
+    table(&["NODE", "FORMAT", "SIZE", "TAKEN", "FILE"], rows, &[2, 3])
+}
+
+/// Bytes a second.
+pub(super) fn speed(bytes_a_second: u64) -> String {
+    match bytes_a_second {
+        0 => "full speed".to_owned(),
+        limited => format!("{} a second at most", bytes(limited)),
+    }
 }
 
 /// A name and its value a line.

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use block::ErrorKind;
 use control::Service;
 use control::client::{Client, ClientError};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use snapshot::ImageFormat;
+use snapshot::{CommitRequest, DeleteRequest, ImageFormat, JobInfo, StreamRequest};
 
+use super::jobs;
+use super::print::decode;
 use super::progress::Progress;
 use crate::cli::{Daemon, Place};
 use crate::config::Word;
@@ -87,6 +89,13 @@ fn usual_socket() -> PathBuf {
     }
 }
 
+/// What `snapshot-delete` answers.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Begun {
+    job_id: String,
+}
+
 /// What to export, and where to.
 pub(super) struct Export<'a> {
     pub(super) name: &'a str,
@@ -143,13 +152,57 @@ impl Via {
         Ok(shown)
     }
 
-    pub(super) fn delete(&mut self, name: &str) -> Result<(), Failure> {
-        let what = format!("delete snapshot {name}");
+    /// Begins to delete a snapshot; the job's id.
+    pub(super) fn delete(&mut self, request: DeleteRequest) -> Result<String, Failure> {
+        let what = format!("delete snapshot {}", request.name);
         match self {
             Self::Control(connection) => {
-                connection.ask(&what, "snapshot-delete", json!({ "name": name })).map(drop)
+                let begun = connection.ask(&what, "snapshot-delete", to_value(&what, &request)?)?;
+                decode::<Begun>(&what, &begun).map(|begun| begun.job_id)
             }
-            Self::State(service) => service.delete(name).map_err(|error| of_state(&what, &error)),
+            Self::State(service) => service.delete(request).map_err(|error| of_state(&what, &error)),
+        }
+    }
+
+    /// Begins to merge layers down; the job's id.
+    pub(super) fn commit(&mut self, mut request: CommitRequest) -> Result<String, Failure> {
+        let what = format!("commit layers of disk {}", request.device);
+        match self {
+            Self::Control(connection) => {
+                let id = request.options.job_id.get_or_insert_with(|| request.device.clone()).clone();
+                connection.ask(&what, "block-commit", to_value(&what, &request)?).map(|_| id)
+            }
+            Self::State(service) => service.commit(request).map_err(|error| of_state(&what, &error)),
+        }
+    }
+
+    /// Begins to pull layers up; the job's id.
+    pub(super) fn stream(&mut self, mut request: StreamRequest) -> Result<String, Failure> {
+        let what = format!("stream into {}", request.device);
+        match self {
+            Self::Control(connection) => {
+                let id = request.options.job_id.get_or_insert_with(|| request.device.clone()).clone();
+                connection.ask(&what, "block-stream", to_value(&what, &request)?).map(|_| id)
+            }
+            Self::State(service) => service.stream(request).map_err(|error| of_state(&what, &error)),
+        }
+    }
+
+    pub(super) fn jobs(&mut self) -> Result<Vec<JobInfo>, Failure> {
+        match self {
+            Self::Control(connection) => {
+                jobs::decode_list(&connection.ask("list the jobs", "query-jobs", json!({}))?)
+            }
+            Self::State(service) => Ok(service.jobs()),
+        }
+    }
+
+    /// Takes a job that has concluded from the list.
+    pub(super) fn dismiss(&mut self, id: &str) -> Result<(), Failure> {
+        let what = format!("dismiss job {id}");
+        match self {
+            Self::Control(connection) => connection.ask(&what, "job-dismiss", json!({ "id": id })).map(drop),
+            Self::State(service) => service.dismiss_job(id).map_err(|error| of_state(&what, &error)),
         }
     }
 

@@ -10,11 +10,25 @@ use super::mistake::{MAX_ID, MAX_SERIAL};
 use super::{Mistake, Word};
 
 /// The keys of a disk, in the order in which people write them.
-pub(crate) const KEYS: &[&str] =
-    &["id", "path", "format", "socket", "queues", "serial", "readonly", "cache", "metadata-cache", "werror"];
+pub(crate) const KEYS: &[&str] = &[
+    "id",
+    "path",
+    "format",
+    "socket",
+    "queues",
+    "serial",
+    "readonly",
+    "cache",
+    "metadata-cache",
+    "werror",
+    "max-overlays",
+];
 
 /// As many as one framework's worker mask has bits (`VhostUserBackend::queues_per_thread`).
 pub(crate) const MAX_QUEUES: u16 = 64;
+
+/// More than anybody has descriptors for.
+const MAX_OVERLAYS: u16 = 10_000;
 
 /// Less would hold hardly more than one piece of a disk that was written in crumbs.
 const MIN_METADATA_CACHE: u64 = 1 << 20;
@@ -43,6 +57,8 @@ pub(crate) struct DiskConfig {
     pub(crate) metadata_cache: u64,
     /// What becomes of the guest's changes that the host can not carry out.
     pub(crate) werror: WriteErrors,
+    /// With more overlays, the oldest snapshots are deleted; `None` for no limit.
+    pub(crate) max_overlays: Option<u32>,
 }
 
 /// Parses the value of `--disk`; a comma inside a value is written as two, as QEMU does.
@@ -97,6 +113,7 @@ pub(super) fn from_pairs(pairs: Vec<(String, String)>) -> Result<DiskConfig, Mis
         werror: given
             .optional("werror")
             .map_or(Ok(WriteErrors::default()), |value| WriteErrors::from_word("werror", &value))?,
+        max_overlays: given.optional("max-overlays").map(|value| overlays(&value)).transpose()?,
         id,
         serial,
     })
@@ -164,4 +181,16 @@ fn size(key: &'static str, value: &str) -> Result<u64, Mistake> {
     let bytes = digits.parse().ok().and_then(|number: u64| number.checked_mul(unit));
     let fits = bytes.filter(|bytes| (MIN_METADATA_CACHE..=MAX_METADATA_CACHE).contains(bytes));
     fits.ok_or_else(|| Mistake::NoSuchSize { key, value: value.to_owned() })
+}
+
+fn overlays(value: &str) -> Result<u32, Mistake> {
+    match value.parse() {
+        Ok(most) if (1..=MAX_OVERLAYS).contains(&most) => Ok(most.into()),
+        _ => Err(Mistake::NoSuchNumber {
+            key: "max-overlays",
+            value: value.to_owned(),
+            low: 1,
+            high: MAX_OVERLAYS,
+        }),
+    }
 }

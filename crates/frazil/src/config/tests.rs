@@ -22,6 +22,7 @@ fn the_least_disk_has_defaults_for_the_rest() {
         cache: Cache::Writeback,
         metadata_cache: 64 << 20,
         werror: WriteErrors::Enospc,
+        max_overlays: None,
     };
     assert_eq!(disk, expected);
 }
@@ -29,7 +30,8 @@ fn the_least_disk_has_defaults_for_the_rest() {
 #[test]
 fn every_key_of_a_disk_is_taken_in_any_order() {
     let disk = parse_disk(
-        "werror=stop,cache=none,metadata-cache=3G,readonly=on,serial=S 1,queues=4,socket=s,format=qcow2,path=p,id=vdb",
+        "max-overlays=30,werror=stop,cache=none,metadata-cache=3G,readonly=on,serial=S 1,queues=4,socket=s,format=qcow2,\
+         path=p,id=vdb",
     )
     .unwrap();
     let expected = DiskConfig {
@@ -43,6 +45,7 @@ fn every_key_of_a_disk_is_taken_in_any_order() {
         cache: Cache::None,
         metadata_cache: 3 << 30,
         werror: WriteErrors::Stop,
+        max_overlays: Some(30),
     };
     assert_eq!(disk, expected);
 }
@@ -88,7 +91,7 @@ fn a_mistake_in_a_disk_names_the_key_and_the_way_out() {
         (
             "size=1G",
             "unknown key `size`; the keys are id, path, format, socket, queues, serial, readonly, cache, metadata-cache, \
-             werror",
+             werror, max-overlays",
         ),
         (
             "serial=123456789012345678901",

@@ -95,6 +95,7 @@ fn disk_config(disk: &config::DiskConfig) -> DiskConfig {
         cache: disk.cache,
         metadata_cache: disk.metadata_cache,
         write_errors: disk.werror,
+        max_overlays: disk.max_overlays,
     }
 }
 

@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use block::Result;
 use control::{DaemonStatus, Service};
-use snapshot::{CreateRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, Manager, SnapshotRecord};
+use snapshot::{
+    CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo,
+    Manager, SnapshotRecord, StreamRequest,
+};
 
 use super::Stop;
 use crate::config::Config;
@@ -76,8 +79,40 @@ impl Service for Daemon {
         self.manager.probe(name)
     }
 
-    fn delete(&self, name: &str) -> Result<()> {
-        self.manager.delete(name)
+    fn delete(&self, request: DeleteRequest) -> Result<String> {
+        self.manager.delete(request)
+    }
+
+    fn commit(&self, request: CommitRequest) -> Result<String> {
+        self.manager.commit(request)
+    }
+
+    fn stream(&self, request: StreamRequest) -> Result<String> {
+        self.manager.stream(request)
+    }
+
+    fn jobs(&self) -> Vec<JobInfo> {
+        self.manager.jobs()
+    }
+
+    fn pause_job(&self, id: &str) -> Result<()> {
+        self.manager.pause_job(id)
+    }
+
+    fn resume_job(&self, id: &str) -> Result<()> {
+        self.manager.resume_job(id)
+    }
+
+    fn cancel_job(&self, id: &str) -> Result<()> {
+        self.manager.cancel_job(id)
+    }
+
+    fn dismiss_job(&self, id: &str) -> Result<()> {
+        self.manager.dismiss_job(id)
+    }
+
+    fn set_job_speed(&self, id: &str, speed: u64) -> Result<()> {
+        self.manager.set_job_speed(id, speed)
     }
 
     fn revert(&self, name: &str, discard_newer: bool) -> Result<()> {

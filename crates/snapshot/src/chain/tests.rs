@@ -46,7 +46,7 @@ impl Bench {
         let frozen = self.chain.pivot(overlay).unwrap();
         frozen.flush().unwrap();
         self.store.layer_sealed("vda", &frozen).unwrap();
-        self.chain.sealed();
+        self.chain.sealed(&self.chain.sealing().unwrap());
     }
 
     fn stamp(&self, offset: u64, byte: u8) {

@@ -7,12 +7,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use block::{WriteErrors, read_disk, write_disk};
 use hostio::Cache;
 use snapshot::{
-    AllowedFolders, Chain, CreateRequest, DiskConfig, FreezeDefaults, FreezePolicy, ImageFormat, Manager,
-    SnapshotRecord,
+    AllowedFolders, Chain, CreateRequest, DeleteRequest, DiskConfig, FreezeDefaults, FreezePolicy,
+    ImageFormat, JobOptions, JobStatus, Manager, SnapshotRecord,
 };
 use tempfile::TempDir;
 
@@ -70,6 +71,7 @@ pub fn disk(id: &str, path: PathBuf, format: ImageFormat) -> DiskConfig {
         cache,
         metadata_cache: snapshot::DEFAULT_METADATA_CACHE,
         write_errors: WriteErrors::default(),
+        max_overlays: None,
     }
 }
 
@@ -100,4 +102,26 @@ pub fn check(path: &Path) {
     let output = Command::new("qemu-img").args(["check", "-q"]).arg(path).output();
     let output = output.expect("qemu-img is needed: run `make deps`");
     assert!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stdout));
+}
+
+/// Deletes a snapshot, and waits for it; the job's error if it fails.
+pub fn delete(manager: &Manager, name: &str) -> Result<(), String> {
+    let options = JobOptions { auto_dismiss: false, ..JobOptions::default() };
+    let request = DeleteRequest { name: name.to_owned(), options };
+    let id = manager.delete(request).map_err(|error| error.to_string())?;
+    finish(manager, &id)
+}
+
+/// Waits for a job that does not dismiss itself, and dismisses it; its error if it has one.
+pub fn finish(manager: &Manager, id: &str) -> Result<(), String> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let job = manager.jobs().into_iter().find(|job| job.id == id).unwrap();
+        if job.status == JobStatus::Concluded {
+            manager.dismiss_job(id).unwrap();
+            return job.error.map_or(Ok(()), Err);
+        }
+        assert!(Instant::now() < deadline, "{job:?} does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }

@@ -1,0 +1,45 @@
+//! `frazil chain`: the layers of disks, and the jobs that merge them.
+
+use serde_json::json;
+use snapshot::{CommitRequest, StreamRequest};
+
+use super::jobs::{follow, options};
+use super::print::show_or_json;
+use super::table;
+use super::via::{Connection, Via};
+use crate::cli::Chain;
+use crate::failure::Failure;
+
+/// `frazil chain …`.
+pub(crate) fn chain(command: Chain) -> Result<(), Failure> {
+    match command {
+        Chain::List { daemon, output } => {
+            let what = "list the layers";
+            let nodes = Connection::open(&daemon)?.ask(what, "query-named-block-nodes", json!({}))?;
+            show_or_json(output, &nodes, |nodes: &Vec<_>| table::nodes(nodes))
+        }
+        Chain::Commit { disk, base, top, job, place } => {
+            let ((base, base_node), (top, top_node)) = (layer(base), layer(top));
+            let options = options(&job);
+            let request = CommitRequest { device: disk, base, base_node, top, top_node, options };
+            let mut via = Via::open(&place)?;
+            let id = via.commit(request)?;
+            follow(&mut via, &id, &job, "committed")
+        }
+        Chain::Stream { layer: device, base, job, place } => {
+            let (base, base_node) = layer(base);
+            let request = StreamRequest { device, base, base_node, options: options(&job) };
+            let mut via = Via::open(&place)?;
+            let id = via.stream(request)?;
+            follow(&mut via, &id, &job, "streamed")
+        }
+    }
+}
+
+/// A layer's name as file or as node: only files have a slash in them, and all that the daemon shows do.
+fn layer(name: Option<String>) -> (Option<String>, Option<String>) {
+    match name {
+        Some(name) if name.contains('/') => (Some(name), None),
+        node => (None, node),
+    }
+}

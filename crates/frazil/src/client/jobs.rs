@@ -1,0 +1,90 @@
+//! `frazil job`, and waiting for the jobs that other commands begin.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use serde_json::json;
+use snapshot::{JobInfo, JobOptions, JobStatus};
+
+use super::print::{decode, print, show_or_json};
+use super::progress::Progress;
+use super::table;
+use super::via::{Connection, Via};
+use crate::cli::{Job, JobFlags};
+use crate::failure::{Exit, Failure};
+
+/// How often a job is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// `frazil job …`.
+pub(crate) fn job(command: Job) -> Result<(), Failure> {
+    match command {
+        Job::List { daemon, output } => {
+            let list = Connection::open(&daemon)?.ask("list the jobs", "query-jobs", json!({}))?;
+            show_or_json(output, &list, |jobs: &Vec<_>| table::jobs(jobs))
+        }
+        Job::Pause { id, daemon } => {
+            Connection::open(&daemon)?.ask(&format!("pause job {id}"), "job-pause", json!({ "id": id }))?;
+            print(&format!("paused {id}\n"))
+        }
+        Job::Resume { id, daemon } => {
+            Connection::open(&daemon)?.ask(&format!("resume job {id}"), "job-resume", json!({ "id": id }))?;
+            print(&format!("resumed {id}\n"))
+        }
+        Job::Speed { id, speed, daemon } => {
+            let arguments = json!({ "device": id, "speed": speed });
+            Connection::open(&daemon)?.ask(&format!("limit job {id}"), "block-job-set-speed", arguments)?;
+            print(&format!("{id} copies at {}\n", table::speed(speed)))
+        }
+        Job::Cancel { id, daemon } => {
+            Connection::open(&daemon)?.ask(&format!("cancel job {id}"), "job-cancel", json!({ "id": id }))?;
+            print(&format!("cancelled {id}\n"))
+        }
+        Job::Wait { id, daemon } => {
+            let mut via = Via::Control(Connection::open(&daemon)?);
+            if !via.jobs()?.iter().any(|job| job.id == id) {
+                let failure =
+                    Failure::new(Exit::Failed, format!("wait for job {id}"), "there is no such job");
+                return Err(failure.hint("`frazil job list` shows those there are"));
+            }
+            wait(&mut via, &id)?;
+            print(&format!("{id} is over\n"))
+        }
+    }
+}
+
+/// What the daemon is told of a job. One that is waited for is dismissed by whoever waits, who has seen how it ended.
+pub(super) fn options(flags: &JobFlags) -> JobOptions {
+    JobOptions { job_id: flags.job_id.clone(), speed: flags.speed, auto_dismiss: flags.no_wait }
+}
+
+/// Waits for a job that was just begun, or only says that it was; `done` is what to say at its end.
+pub(super) fn follow(via: &mut Via, id: &str, flags: &JobFlags, done: &str) -> Result<(), Failure> {
+    if flags.no_wait {
+        return print(&format!("{id}\n"));
+    }
+    wait(via, id)?;
+    print(&format!("{done}\n"))
+}
+
+/// Waits until a job is over, with a bar where somebody watches. One that dismisses itself is over when it is gone.
+fn wait(via: &mut Via, id: &str) -> Result<(), Failure> {
+    let bar = Progress::new(id);
+    loop {
+        let Some(job) = via.jobs()?.into_iter().find(|job| job.id == id) else { return Ok(()) };
+        bar.report(job.current_progress, job.total_progress);
+        if job.status == JobStatus::Concluded {
+            via.dismiss(id)?;
+            return match job.error {
+                None => Ok(()),
+                Some(error) => Err(Failure::new(Exit::Failed, format!("run job {id}"), error)),
+            };
+        }
+        sleep(LOOK);
+    }
+}
+
+/// An answer to `query-jobs`.
+pub(super) fn decode_list(value: &serde_json::Value) -> Result<Vec<JobInfo>, Failure> {
+    decode("list the jobs", value)
+}

@@ -1,0 +1,127 @@
+//! What clients ask of jobs.
+
+use std::path::Path;
+
+use block::{Error, ErrorKind, Result};
+
+use super::machine::Verb;
+use super::model::{CommitRequest, DeleteRequest, JobInfo, StreamRequest};
+use super::record::Task;
+use crate::manager::Manager;
+use crate::manifest::{LayerEntry, Manifest};
+
+impl Manager {
+    /// Begins to delete a snapshot, while the guest runs; the job's id. What the disks and other snapshots show does not
+    /// change.
+    pub fn delete(&self, request: DeleteRequest) -> Result<String> {
+        self.show(&request.name)?;
+        let usual = format!("delete-{}", request.name);
+        self.jobs.begin(Task::Delete { snapshot: request.name }, request.options, &usual, false)
+    }
+
+    /// Begins to merge layers of a disk down into the one beneath them; the job's id.
+    pub fn commit(&self, request: CommitRequest) -> Result<String> {
+        let usual = request.device.clone();
+        let task = {
+            let manifest = self.store.manifest();
+            let (disk, _) = device(&manifest, &request.device)?;
+            let layers = &manifest.disk(&disk)?.layers;
+            let top = layer(&disk, layers, request.top.as_deref(), request.top_node.as_deref())?;
+            let base = layer(&disk, layers, request.base.as_deref(), request.base_node.as_deref())?;
+            let top = top.or(layers.last()).map(|top| top.number);
+            let base = base.or(layers.first()).map(|base| base.number);
+            let (base, top) = base.zip(top).ok_or_else(|| no_layer(&disk, ""))?;
+            Task::Commit { disk, base, top }
+        };
+        self.jobs.begin(task, request.options, &usual, false)
+    }
+
+    /// Begins to pull layers of a disk up into the one above them; the job's id.
+    pub fn stream(&self, request: StreamRequest) -> Result<String> {
+        let usual = request.device.clone();
+        let task = {
+            let manifest = self.store.manifest();
+            let (disk, top) = device(&manifest, &request.device)?;
+            let layers = &manifest.disk(&disk)?.layers;
+            let base = layer(&disk, layers, request.base.as_deref(), request.base_node.as_deref())?;
+            let top =
+                top.or_else(|| layers.last().map(|top| top.number)).ok_or_else(|| no_layer(&disk, ""))?;
+            Task::Stream { base: base.map(|base| base.number), disk, top }
+        };
+        self.jobs.begin(task, request.options, &usual, false)
+    }
+
+    /// The jobs, the oldest first.
+    pub fn jobs(&self) -> Vec<JobInfo> {
+        self.jobs.list()
+    }
+
+    /// Has a job rest.
+    pub fn pause_job(&self, id: &str) -> Result<()> {
+        self.jobs.ask(id, Verb::Pause)
+    }
+
+    /// Has a paused job go on.
+    pub fn resume_job(&self, id: &str) -> Result<()> {
+        self.jobs.ask(id, Verb::Resume)
+    }
+
+    /// Calls a job off.
+    pub fn cancel_job(&self, id: &str) -> Result<()> {
+        self.jobs.ask(id, Verb::Cancel)
+    }
+
+    /// Takes a job that has concluded from the list.
+    pub fn dismiss_job(&self, id: &str) -> Result<()> {
+        self.jobs.ask(id, Verb::Dismiss)
+    }
+
+    /// Limits how many bytes a second a job copies; 0 for no limit.
+    pub fn set_job_speed(&self, id: &str, speed: u64) -> Result<()> {
+        self.jobs.set_speed(id, speed)
+    }
+}
+
+/// The disk that a device's name means, and the layer, if it is a node's.
+fn device(manifest: &Manifest, name: &str) -> Result<(String, Option<u32>)> {
+    if manifest.disks.contains_key(name) {
+        return Ok((name.to_owned(), None));
+    }
+    let missing =
+        || Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'"));
+    let (disk, _) = name.rsplit_once('.').ok_or_else(missing)?;
+    let layers = &manifest.disk(disk).map_err(|_| missing())?.layers;
+    let number = node(disk, layers, name).ok_or_else(missing)?.number;
+    Ok((disk.to_owned(), Some(number)))
+}
+
+/// The layer of that node name.
+fn node<'a>(disk: &str, layers: &'a [LayerEntry], name: &str) -> Option<&'a LayerEntry> {
+    let number: u32 = name.strip_prefix(disk)?.strip_prefix('.')?.parse().ok()?;
+    layers.iter().find(|layer| layer.number == number)
+}
+
+/// A layer by its file or its node, if either is given.
+fn layer<'a>(
+    disk: &str,
+    layers: &'a [LayerEntry],
+    file: Option<&str>,
+    name: Option<&str>,
+) -> Result<Option<&'a LayerEntry>> {
+    match (file, name) {
+        (Some(_), Some(_)) => Err(Error::new(
+            ErrorKind::InvalidInput,
+            "a layer is named by its file or by its node, not by both",
+        )),
+        (Some(file), None) => {
+            let found = layers.iter().find(|layer| layer.path == Path::new(file));
+            found.map(Some).ok_or_else(|| no_layer(disk, file))
+        }
+        (None, Some(name)) => node(disk, layers, name).map(Some).ok_or_else(|| no_layer(disk, name)),
+        (None, None) => Ok(None),
+    }
+}
+
+fn no_layer(disk: &str, name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("disk {disk} has no layer '{name}'"))
+}

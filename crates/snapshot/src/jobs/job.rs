@@ -1,0 +1,220 @@
+//! One job, as its thread and its clients see it.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use block::{Error, Result};
+
+use super::machine::{Machine, Verb, Wish};
+use super::model::{JobInfo, JobStatus, JobType};
+use super::pace::Limit;
+use crate::cut::Events;
+use crate::model::Event;
+
+/// Why a job's work ended early.
+#[derive(Debug)]
+pub(crate) enum Halt {
+    /// A client called it off.
+    Cancelled,
+    /// The daemon ends; the next run goes on with it.
+    Stopped,
+    Failed(Error),
+}
+
+impl From<Error> for Halt {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// What a job is, fixed when it is made.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    pub(crate) id: String,
+    pub(crate) kind: JobType,
+    /// Nobody asked for it but Frazil itself.
+    pub(crate) automatic: bool,
+    pub(crate) auto_dismiss: bool,
+}
+
+/// A job: its thread does the work and asks here whether to go on; clients ask here what it does.
+pub(crate) struct Job {
+    pub(crate) identity: Identity,
+    state: Mutex<State>,
+    changed: Condvar,
+    events: Arc<dyn Events>,
+}
+
+struct State {
+    machine: Machine,
+    /// The daemon ends.
+    stopped: bool,
+    done: u64,
+    total: u64,
+    limit: Limit,
+    error: Option<String>,
+}
+
+impl Job {
+    pub(crate) fn new(identity: Identity, speed: u64, paused: bool, events: Arc<dyn Events>) -> Self {
+        let state = State {
+            machine: Machine::new(paused),
+            stopped: false,
+            done: 0,
+            total: 0,
+            limit: Limit::new(speed, Instant::now()),
+            error: None,
+        };
+        let job = Self { identity, state: Mutex::new(state), changed: Condvar::new(), events };
+        job.tell(JobStatus::Created);
+        job
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, status: JobStatus) {
+        self.events.emit(Event::Job { id: self.identity.id.clone(), status });
+    }
+
+    pub(crate) fn info(&self) -> JobInfo {
+        let state = self.state();
+        JobInfo {
+            id: self.identity.id.clone(),
+            r#type: self.identity.kind,
+            status: state.machine.status(),
+            current_progress: state.done,
+            total_progress: state.total,
+            error: state.error.clone(),
+        }
+    }
+
+    pub(crate) fn status(&self) -> JobStatus {
+        self.state().machine.status()
+    }
+
+    /// What a client asks; the job's thread follows soon.
+    pub(crate) fn ask(&self, verb: Verb) -> Result<()> {
+        self.state().machine.ask(&self.identity.id, verb)?;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    pub(crate) fn set_speed(&self, speed: u64) -> Result<()> {
+        let mut state = self.state();
+        state.machine.ask(&self.identity.id, Verb::SetSpeed)?;
+        state.limit.set(speed, Instant::now());
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// What the manifest remembers: its speed, and whether it is paused.
+    pub(crate) fn settings(&self) -> (u64, bool) {
+        let state = self.state();
+        (state.limit.speed(), state.machine.is_paused())
+    }
+
+    /// The daemon ends: the job leaves its work as it is.
+    pub(crate) fn stop(&self) {
+        self.state().stopped = true;
+        self.changed.notify_all();
+    }
+
+    /// Goes to another status, and tells.
+    pub(crate) fn go(&self, to: JobStatus) -> Result<()> {
+        self.state().machine.go(to)?;
+        self.tell(to);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// The end: why it failed, if it did.
+    pub(crate) fn conclude(&self, error: Option<String>) -> Result<()> {
+        self.state().error = error;
+        self.go(JobStatus::Concluded)
+    }
+
+    /// How much there is to copy in all, as far as is known.
+    pub(crate) fn set_total(&self, total: u64) {
+        self.state().total = total;
+    }
+
+    /// So many bytes have been copied, of which so many are new.
+    pub(crate) fn copied(&self, bytes: u64) {
+        let mut state = self.state();
+        state.done += bytes;
+        state.total = state.total.max(state.done);
+        state.limit.take(bytes, Instant::now());
+    }
+
+    /// Asked between two pieces of work: rests as long as it is paused, copies too fast, or shall be courteous to the
+    /// guest (`rest`), and returns when it is to go on.
+    pub(crate) fn pause_point(&self, rest: Duration) -> std::result::Result<(), Halt> {
+        let until = Instant::now() + rest;
+        let mut state = self.state();
+        loop {
+            let wish = match (state.stopped, state.machine.wish()) {
+                (true, _) => return Err(Halt::Stopped),
+                (false, Wish::GiveUp) => {
+                    self.switch(&mut state, JobStatus::Paused, JobStatus::Running)?;
+                    return Err(Halt::Cancelled);
+                }
+                (false, wish) => wish,
+            };
+            let now = Instant::now();
+            let wait = match wish {
+                Wish::Rest => {
+                    self.switch(&mut state, JobStatus::Running, JobStatus::Paused)?;
+                    Duration::MAX
+                }
+                _ => {
+                    self.switch(&mut state, JobStatus::Paused, JobStatus::Running)?;
+                    state.limit.wait(now).max(until.saturating_duration_since(now))
+                }
+            };
+            if wait.is_zero() {
+                return Ok(());
+            }
+            // At most an hour, after which it is looked at anew: more would overflow some clocks.
+            let wait = wait.min(Duration::from_secs(3600));
+            state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// If it is in the one status, goes to the other.
+    fn switch(&self, state: &mut State, from: JobStatus, to: JobStatus) -> Result<()> {
+        if state.machine.status() == from {
+            state.machine.go(to)?;
+            self.tell(to);
+        }
+        Ok(())
+    }
+
+    /// Waits, in whatever status, for at most `time`; an error if it was called off or the daemon ends.
+    pub(crate) fn wait(&self, time: Duration) -> std::result::Result<(), Halt> {
+        let until = Instant::now() + time;
+        let mut state = self.state();
+        loop {
+            match (state.stopped, state.machine.is_cancelled()) {
+                (true, _) => return Err(Halt::Stopped),
+                (false, true) => return Err(Halt::Cancelled),
+                (false, false) => {}
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits until it has concluded, or is gone.
+    pub(crate) fn wait_for_end(&self) {
+        let over = |state: &mut State| {
+            !matches!(state.machine.status(), JobStatus::Concluded | JobStatus::Null) && !state.stopped
+        };
+        drop(self.changed.wait_while(self.state(), over).unwrap_or_else(PoisonError::into_inner));
+    }
+}

@@ -1,0 +1,225 @@
+//! What a job may become, and what may be asked of it: two tables, after QEMU's `job.c` (`JobSTT`, `JobVerbTable`).
+//!
+//! ```text
+//!   created ──▶ running ──▶ waiting ──▶ pending ──▶ concluded ──▶ null
+//!      │        │  ▲ │         │           │            ▲
+//!      │        ▼  │ └────┬────┴───────────┘            │
+//!      │       paused     ▼                             │
+//!      └─────────────▶ aborting ────────────────────────┘
+//! ```
+//! QEMU's *ready* and *standby* are missing: a job that merges the active layer pivots first, so there is nothing that
+//! grows while it runs and nothing to complete by hand. *Waiting* is for a cut that is under way, *pending* is the switch
+//! itself, which nobody can call off.
+
+use block::{Error, ErrorKind, Result};
+
+use super::JobStatus::{self, Aborting, Concluded, Created, Null, Paused, Pending, Running, Waiting};
+
+/// What a client may ask of a job.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Verb {
+    Pause,
+    Resume,
+    SetSpeed,
+    Cancel,
+    Dismiss,
+}
+
+impl Verb {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::SetSpeed => "set-speed",
+            Self::Cancel => "cancel",
+            Self::Dismiss => "dismiss",
+        }
+    }
+}
+
+/// Which statuses may follow which.
+const FOLLOWS: &[(JobStatus, &[JobStatus])] = &[
+    (Created, &[Running, Aborting]),
+    (Running, &[Paused, Waiting, Aborting]),
+    (Paused, &[Running]),
+    (Waiting, &[Pending, Aborting]),
+    (Pending, &[Concluded, Aborting]),
+    (Aborting, &[Concluded]),
+    (Concluded, &[Null]),
+    (Null, &[]),
+];
+
+/// In which statuses what may be asked.
+const ALLOWED: &[(Verb, &[JobStatus])] = &[
+    (Verb::Pause, &[Created, Running, Paused]),
+    (Verb::Resume, &[Created, Running, Paused]),
+    (Verb::SetSpeed, &[Created, Running, Paused]),
+    (Verb::Cancel, &[Created, Running, Paused, Waiting]),
+    (Verb::Dismiss, &[Concluded]),
+];
+
+/// What a job should do next, asked by the job itself between two pieces of work.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Wish {
+    GoOn,
+    Rest,
+    GiveUp,
+}
+
+/// A job's status, and what was asked of it. Changed only as the tables allow.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    status: JobStatus,
+    paused: bool,
+    cancelled: bool,
+}
+
+impl Machine {
+    /// A job that was just made; `paused` if it was when its daemon ended.
+    pub(crate) fn new(paused: bool) -> Self {
+        Self { status: Created, paused, cancelled: false }
+    }
+
+    pub(crate) fn status(&self) -> JobStatus {
+        self.status
+    }
+
+    /// Whether somebody has asked it to pause, and nobody since to resume.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Whether somebody has called it off.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled
+    }
+
+    /// Checks and notes what a client asks. The job itself follows when it next looks for a [`Wish`].
+    pub(crate) fn ask(&mut self, id: &str, verb: Verb) -> Result<()> {
+        let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
+        let allowed = ALLOWED.iter().any(|(of, statuses)| *of == verb && statuses.contains(&self.status));
+        if !allowed {
+            let (status, verb) = (self.status.name(), verb.name());
+            return busy(format!("Job '{id}' in state '{status}' cannot accept command verb '{verb}'"));
+        }
+        match verb {
+            Verb::Pause if self.paused => return busy("Job is already paused".to_owned()),
+            Verb::Pause => self.paused = true,
+            Verb::Resume if !self.paused => {
+                return busy("Can't resume a job that was not paused".to_owned());
+            }
+            Verb::Resume => self.paused = false,
+            Verb::Cancel => self.cancelled = true,
+            Verb::SetSpeed | Verb::Dismiss => {}
+        }
+        Ok(())
+    }
+
+    pub(crate) fn wish(&self) -> Wish {
+        match (self.cancelled, self.paused) {
+            (true, _) => Wish::GiveUp,
+            (false, true) => Wish::Rest,
+            (false, false) => Wish::GoOn,
+        }
+    }
+
+    /// Goes to another status. An error is a defect of the caller, and the job fails of it.
+    pub(crate) fn go(&mut self, to: JobStatus) -> Result<()> {
+        let may = FOLLOWS.iter().any(|(from, next)| *from == self.status && next.contains(&to));
+        if !may {
+            let story = format!("a job went from {} to {}", self.status.name(), to.name());
+            return Err(Error::new(ErrorKind::InvalidInput, story));
+        }
+        self.status = to;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: [JobStatus; 8] = [Created, Running, Paused, Waiting, Pending, Aborting, Concluded, Null];
+    const VERBS: [Verb; 5] = [Verb::Pause, Verb::Resume, Verb::SetSpeed, Verb::Cancel, Verb::Dismiss];
+
+    fn in_status(status: JobStatus) -> Machine {
+        Machine { status, paused: false, cancelled: false }
+    }
+
+    /// `JobSTT` of QEMU 10.0, `job.c`, without the rows and columns of *undefined*, *ready* and *standby*.
+    #[test]
+    fn every_step_is_one_of_qemus() {
+        let qemu = [
+            (Created, &[Running, Aborting, Null][..]),
+            (Running, &[Paused, Waiting, Aborting]),
+            (Paused, &[Running]),
+            (Waiting, &[Pending, Aborting]),
+            (Pending, &[Aborting, Concluded]),
+            (Aborting, &[Aborting, Concluded]),
+            (Concluded, &[Null]),
+            (Null, &[]),
+        ];
+        for (from, allowed) in qemu {
+            for to in ALL {
+                let mut machine = in_status(from);
+                let went = machine.go(to).is_ok();
+                assert!(!went || allowed.contains(&to), "{from:?} to {to:?}");
+                assert_eq!(machine.status(), if went { to } else { from });
+            }
+        }
+    }
+
+    #[test]
+    fn every_job_can_end_wherever_it_is() {
+        for from in ALL {
+            let (mut reached, mut grown) = (vec![from], true);
+            while grown {
+                let next: Vec<_> = FOLLOWS.iter().filter(|(from, _)| reached.contains(from)).collect();
+                let new = next.iter().flat_map(|(_, to)| to.iter()).find(|to| !reached.contains(to));
+                grown = new.is_some();
+                reached.extend(new);
+            }
+            assert!(reached.contains(&Null), "{from:?} is a dead end");
+        }
+    }
+
+    #[test]
+    fn what_is_asked_at_the_wrong_time_is_refused_in_qemus_words_and_changes_nothing() {
+        for status in ALL {
+            for verb in VERBS {
+                let mut machine = in_status(status);
+                machine.paused = verb == Verb::Resume;
+                let before = format!("{machine:?}");
+                if let Err(error) = machine.ask("j", verb) {
+                    let words = format!(
+                        "Job 'j' in state '{}' cannot accept command verb '{}'",
+                        status.name(),
+                        verb.name()
+                    );
+                    assert_eq!(error.to_string(), words);
+                    assert_eq!(format!("{machine:?}"), before);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_switch_can_not_be_called_off() {
+        assert!(in_status(Waiting).ask("j", Verb::Cancel).is_ok());
+        assert!(in_status(Pending).ask("j", Verb::Cancel).is_err());
+    }
+
+    #[test]
+    fn pauses_do_not_add_up_and_a_cancel_ends_one() {
+        let mut machine = Machine::new(false);
+        assert_eq!(machine.ask("j", Verb::Resume).unwrap_err().kind(), ErrorKind::Busy);
+        machine.ask("j", Verb::Pause).unwrap();
+        assert!(machine.ask("j", Verb::Pause).is_err());
+        assert_eq!(machine.wish(), Wish::Rest);
+        machine.ask("j", Verb::Resume).unwrap();
+        assert_eq!(machine.wish(), Wish::GoOn);
+        machine.ask("j", Verb::Pause).unwrap();
+        machine.ask("j", Verb::Cancel).unwrap();
+        assert_eq!(machine.wish(), Wish::GiveUp, "a paused job that is cancelled must not rest for ever");
+    }
+}

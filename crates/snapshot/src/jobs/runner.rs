@@ -1,0 +1,390 @@
+//! The jobs of a daemon: a list, and a thread for each that has begun.
+//!
+//! Jobs of the same disk run one after the other, in the order in which they were asked for. A job that has not concluded
+//! is in the manifest, and a daemon that starts goes on with it.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use block::{Error, ErrorKind, Result};
+use tracing::{error, info, warn};
+
+use super::job::{Halt, Identity, Job};
+use super::machine::Verb;
+use super::model::{JobInfo, JobOptions, JobStatus};
+use super::plan::plan;
+use super::record::{JobRecord, Task};
+use super::tidy::Tidiness;
+use super::work::Work;
+use super::world::World;
+
+/// Jobs that may be on the list, those that nobody has dismissed included.
+const MAX_JOBS: usize = 256;
+
+/// All jobs. They are stopped, to be gone on with by the next run, when this is dropped.
+pub(crate) struct Jobs(Arc<Inner>);
+
+struct Inner {
+    world: World,
+    list: Mutex<List>,
+}
+
+#[derive(Default)]
+struct List {
+    entries: Vec<Entry>,
+    threads: Vec<JoinHandle<()>>,
+    /// No more begin.
+    ended: bool,
+    tidiness: Tidiness,
+}
+
+#[derive(Clone)]
+struct Entry {
+    job: Arc<Job>,
+    task: Task,
+    disks: BTreeSet<String>,
+    begun: bool,
+}
+
+impl Entry {
+    fn is_over(&self) -> bool {
+        matches!(self.job.status(), JobStatus::Concluded | JobStatus::Null)
+    }
+}
+
+impl Jobs {
+    pub(crate) fn new(world: World) -> Self {
+        Self(Arc::new(Inner { world, list: Mutex::default() }))
+    }
+
+    /// Goes on with what an earlier run left.
+    pub(crate) fn resume(&self) {
+        let records = self.0.world.store.manifest().jobs.clone();
+        let mut list = self.0.list();
+        for record in records {
+            if list.entries.iter().any(|entry| entry.job.identity.id == record.id) {
+                continue;
+            }
+            info!(job = record.id, "a job of an earlier run goes on");
+            let entry = self.0.entry(&record);
+            list.entries.push(entry);
+        }
+        drop(list);
+        Inner::start_ready(&self.0);
+    }
+
+    /// Begins a job; its id. `usual` is the id of one that is given none.
+    pub(crate) fn begin(
+        &self,
+        task: Task,
+        options: JobOptions,
+        usual: &str,
+        automatic: bool,
+    ) -> Result<String> {
+        let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
+        let id = options.job_id.unwrap_or_else(|| usual.to_owned());
+        check_id(&id)?;
+        let mut list = self.0.list();
+        if list.ended {
+            return busy("the daemon is ending".to_owned());
+        }
+        if list.entries.len() >= MAX_JOBS {
+            return busy("there are too many jobs: dismiss those that have concluded".to_owned());
+        }
+        if list.entries.iter().any(|entry| entry.job.identity.id == id) {
+            return busy(format!("Job ID '{id}' already in use"));
+        }
+        if let Some(same) = list.entries.iter().find(|entry| entry.task == task && !entry.is_over()) {
+            return busy(format!("job '{}' does that already", same.job.identity.id));
+        }
+        // What can not be done now is refused at once, unless another job is about to make it possible.
+        let disks = self.0.disks_of(&task)?;
+        if list.entries.iter().all(|entry| entry.is_over() || entry.disks.is_disjoint(&disks)) {
+            plan(&self.0.world.store.manifest(), &task)?;
+        }
+        let record = JobRecord {
+            id: id.clone(),
+            task,
+            automatic,
+            auto_dismiss: options.auto_dismiss,
+            speed: options.speed,
+            paused: false,
+            moves: Vec::new(),
+        };
+        self.0.world.store.update(|manifest| {
+            manifest.jobs.push(record.clone());
+            Ok(())
+        })?;
+        let entry = self.0.entry(&record);
+        list.entries.push(entry);
+        drop(list);
+        Inner::start_ready(&self.0);
+        Ok(id)
+    }
+
+    pub(crate) fn list(&self) -> Vec<JobInfo> {
+        self.0.list().entries.iter().map(|entry| entry.job.info()).collect()
+    }
+
+    pub(crate) fn ask(&self, id: &str, verb: Verb) -> Result<()> {
+        let job = self.find(id)?;
+        job.ask(verb)?;
+        match verb {
+            Verb::Dismiss => self.0.dismiss(&job),
+            // One that has not begun has no thread that would hear of it.
+            Verb::Cancel => {
+                Inner::cancel_waiting(&self.0, &job);
+                Ok(())
+            }
+            Verb::Pause | Verb::Resume | Verb::SetSpeed => {
+                self.0.remember(&job);
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn set_speed(&self, id: &str, speed: u64) -> Result<()> {
+        let job = self.find(id)?;
+        job.set_speed(speed)?;
+        self.0.remember(&job);
+        Ok(())
+    }
+
+    /// Refuses if a job works on these disks.
+    pub(crate) fn refuse_busy(&self, disks: &BTreeSet<String>) -> Result<()> {
+        let list = self.0.list();
+        let works = |entry: &&Entry| entry.begun && !entry.is_over() && !entry.disks.is_disjoint(disks);
+        match list.entries.iter().find(works) {
+            None => Ok(()),
+            Some(entry) => {
+                let story = format!("job '{}' works on it: wait for it, or cancel it", entry.job.identity.id);
+                Err(Error::new(ErrorKind::Busy, story))
+            }
+        }
+    }
+
+    /// Makes way for work on these disks that needs them closed: calls off what nobody asked for, and waits for it.
+    /// Refuses if there is a job that somebody did ask for.
+    pub(crate) fn make_way(&self, disks: &BTreeSet<String>) -> Result<()> {
+        let in_the_way = |entry: &&Entry| !entry.is_over() && !entry.disks.is_disjoint(disks);
+        let entries: Vec<_> = self.0.list().entries.iter().filter(in_the_way).cloned().collect();
+        if let Some(asked) = entries.iter().find(|entry| !entry.job.identity.automatic) {
+            let story = format!("job '{}' works on it: wait for it, or cancel it", asked.job.identity.id);
+            return Err(Error::new(ErrorKind::Busy, story));
+        }
+        for entry in entries {
+            // One that is pending can not be called off, and is over soon.
+            let _ = self.ask(&entry.job.identity.id, Verb::Cancel);
+            entry.job.wait_for_end();
+        }
+        Ok(())
+    }
+
+    /// Begins what is to be done without anybody asking: layers without snapshots are merged, and disks with too many
+    /// overlays lose their oldest snapshot.
+    pub(crate) fn tidy(&self) {
+        let busy: BTreeSet<String> = {
+            let list = self.0.list();
+            let under_way = list.entries.iter().filter(|entry| !entry.is_over());
+            under_way.flat_map(|entry| entry.disks.clone()).collect()
+        };
+        let now = Instant::now();
+        let chores = self.0.list().tidiness.chores(&self.0.world, &busy, now);
+        for chore in chores {
+            let options = JobOptions::default();
+            if let Err(error) = self.begin(chore.task.clone(), options, &chore.usual_id(), true) {
+                warn!(disk = chore.disk, %error, "layers can not be merged now");
+                self.0.list().tidiness.failed(&chore.disk, now);
+            } else if let Some(event) = chore.event {
+                use crate::cut::Events as _;
+                self.0.world.bus.emit(event);
+            }
+        }
+    }
+
+    /// Stops all jobs where they are, for the next run to go on with, and takes no more.
+    pub(crate) fn stop(&self) {
+        let (entries, threads) = {
+            let mut list = self.0.list();
+            list.ended = true;
+            (list.entries.clone(), std::mem::take(&mut list.threads))
+        };
+        entries.iter().for_each(|entry| entry.job.stop());
+        for thread in threads {
+            if thread.join().is_err() {
+                error!("a job's thread had panicked");
+            }
+        }
+    }
+
+    fn find(&self, id: &str) -> Result<Arc<Job>> {
+        let list = self.0.list();
+        let found = list.entries.iter().find(|entry| entry.job.identity.id == id);
+        let missing = || Error::new(ErrorKind::NotFound, "Job not found");
+        found.map(|entry| Arc::clone(&entry.job)).ok_or_else(missing)
+    }
+}
+
+impl Drop for Jobs {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Inner {
+    fn list(&self) -> MutexGuard<'_, List> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn entry(&self, record: &JobRecord) -> Entry {
+        let identity = Identity {
+            id: record.id.clone(),
+            kind: record.task.kind(),
+            automatic: record.automatic,
+            auto_dismiss: record.auto_dismiss,
+        };
+        let events = Arc::clone(&self.world.bus) as _;
+        let job = Arc::new(Job::new(identity, record.speed, record.paused, events));
+        let disks = self.disks_of(&record.task).unwrap_or_default();
+        Entry { job, task: record.task.clone(), disks, begun: false }
+    }
+
+    fn disks_of(&self, task: &Task) -> Result<BTreeSet<String>> {
+        match task {
+            Task::Commit { disk, .. } | Task::Stream { disk, .. } | Task::Merge { disk, .. } => {
+                Ok(BTreeSet::from([disk.clone()]))
+            }
+            Task::Delete { snapshot } => {
+                let manifest = self.world.store.manifest();
+                Ok(manifest.snapshot(snapshot)?.disks.iter().map(|disk| disk.id.clone()).collect())
+            }
+        }
+    }
+
+    /// Starts each job whose disks no earlier one needs.
+    fn start_ready(inner: &Arc<Self>) {
+        let mut list = inner.list();
+        if list.ended {
+            return;
+        }
+        list.threads.retain(|thread| !thread.is_finished());
+        let mut taken = BTreeSet::new();
+        let mut ready = Vec::new();
+        for entry in list.entries.iter_mut().filter(|entry| !entry.is_over()) {
+            if !entry.begun && entry.disks.is_disjoint(&taken) {
+                entry.begun = true;
+                ready.push(entry.clone());
+            }
+            taken.extend(entry.disks.iter().cloned());
+        }
+        for entry in ready {
+            let (own, thread) = (Arc::clone(inner), std::thread::Builder::new().name("job".to_owned()));
+            let spawned = thread.spawn(move || {
+                Self::run(&own, &entry);
+                Self::start_ready(&own);
+            });
+            match spawned {
+                Ok(thread) => list.threads.push(thread),
+                // It stays on the list, created; it is begun by the next run.
+                Err(error) => error!(%error, "a job's thread can not be started"),
+            }
+        }
+    }
+
+    /// A job's life, on its own thread.
+    fn run(inner: &Arc<Self>, entry: &Entry) {
+        let job = &entry.job;
+        let id = &job.identity.id;
+        let worked = Work::new(&inner.world, job, &entry.task).run();
+        let story = match worked {
+            Ok(()) => {
+                info!(job = id, "done");
+                None
+            }
+            Err(Halt::Stopped) => {
+                info!(job = id, "stopped: the next run goes on with it");
+                return;
+            }
+            Err(Halt::Cancelled) => Some("it was cancelled".to_owned()),
+            Err(Halt::Failed(error)) => Some(error.to_string()),
+        };
+        if let Some(story) = &story {
+            warn!(job = id, story, "the job did not succeed");
+        }
+        inner.conclude(entry, story);
+    }
+
+    /// The end of a job that did not succeed, or did.
+    fn conclude(&self, entry: &Entry, story: Option<String>) {
+        let job = &entry.job;
+        if story.is_some() && job.identity.automatic {
+            entry.disks.iter().for_each(|disk| self.list().tidiness.failed(disk, Instant::now()));
+        }
+        if let Err(error) = job.conclude(story) {
+            error!(%error, job = job.identity.id, "a job ended where it could not");
+        }
+        if job.identity.auto_dismiss
+            && let Err(error) = self.dismiss(job)
+        {
+            error!(%error, job = job.identity.id, "a job can not be dismissed");
+        }
+    }
+
+    fn dismiss(&self, job: &Arc<Job>) -> Result<()> {
+        job.go(JobStatus::Null)?;
+        self.list().entries.retain(|entry| !Arc::ptr_eq(&entry.job, job));
+        Ok(())
+    }
+
+    /// Ends a job that has been called off before it began.
+    fn cancel_waiting(inner: &Arc<Self>, job: &Arc<Job>) {
+        let waiting = {
+            let mut list = inner.list();
+            let found = list.entries.iter_mut().find(|entry| Arc::ptr_eq(&entry.job, job) && !entry.begun);
+            found.map(|entry| {
+                entry.begun = true;
+                entry.clone()
+            })
+        };
+        if let Some(entry) = waiting {
+            if let Err(error) = job.go(JobStatus::Aborting).and_then(|()| inner.forget(&job.identity.id)) {
+                warn!(%error, job = job.identity.id, "a job that was called off may come back");
+            }
+            inner.conclude(&entry, Some("it was cancelled".to_owned()));
+            Self::start_ready(inner);
+        }
+    }
+
+    fn forget(&self, id: &str) -> Result<()> {
+        self.world.store.update(|manifest| {
+            manifest.jobs.retain(|record| record.id != id);
+            Ok(())
+        })
+    }
+
+    /// Writes a job's settings down. That they can not be is no reason not to follow them.
+    fn remember(&self, job: &Job) {
+        let (speed, paused) = job.settings();
+        let written = self.world.store.update(|manifest| {
+            for record in manifest.jobs.iter_mut().filter(|record| record.id == job.identity.id) {
+                (record.speed, record.paused) = (speed, paused);
+            }
+            Ok(())
+        });
+        if let Err(error) = written {
+            warn!(%error, job = job.identity.id, "a job's settings would be forgotten by a restart");
+        }
+    }
+}
+
+/// QEMU's rule for ids (`id_wellformed`), and a bound.
+fn check_id(id: &str) -> Result<()> {
+    let starts_well = id.bytes().next().is_some_and(|first| first.is_ascii_alphabetic());
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+    match starts_well && id.len() <= 128 && id.bytes().all(allowed) {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::InvalidInput, format!("Invalid job ID '{id}'"))),
+    }
+}
