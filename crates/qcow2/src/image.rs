@@ -82,6 +82,8 @@ pub(crate) struct Writer {
     pub(crate) sealed: AtomicBool,
     /// A sync failed: nothing is acknowledged any more.
     pub(crate) failed: AtomicBool,
+    /// Held by who makes the disk larger.
+    pub(crate) growing: Mutex<()>,
     /// Whether freed clusters keep their bytes.
     pub(crate) keeps_freed: bool,
 }
@@ -146,7 +148,7 @@ impl Inner {
         writer.check_latch().map(|()| writer)
     }
 
-    /// The writer, if `range` may be written now.
+    /// The writer, if a guest may write `range` now.
     pub(crate) fn check_writable(&self, range: ByteRange) -> Result<&Writer> {
         let writer = self.writer()?;
         self.check(range)?;
@@ -203,7 +205,10 @@ impl Disk for Image {
         waker: &Waker,
         out: &mut Vec<Extent>,
     ) -> Poll<Result<WriteGuard>> {
-        self.0.resolve_write(range, waker, out)
+        match self.0.check_writable(range) {
+            Ok(writer) => self.0.resolve_write(writer, range, waker, out),
+            Err(error) => Poll::Ready(Err(error)),
+        }
     }
 
     fn discard(&self, range: ByteRange, waker: &Waker) -> Poll<Result<()>> {

@@ -55,8 +55,8 @@ mod extensions;
 mod flush;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+mod grow;
 mod header;
-#[allow(dead_code, reason = "the engine is about to use it")]
 mod header_update;
 mod image;
 mod journal;
@@ -65,6 +65,7 @@ mod metadata;
 mod open;
 mod packed;
 mod pending;
+mod populate;
 mod publish;
 mod read;
 mod recover;

@@ -86,6 +86,13 @@ impl Mapping {
             *place = entry;
         }
     }
+
+    /// The L1 table has got room for `entries`.
+    pub(crate) fn extend_l1(&self, entries: usize) {
+        let mut l1 = self.l1.write().unwrap_or_else(PoisonError::into_inner);
+        let entries = entries.max(l1.len());
+        l1.resize(entries, L1Entry::default());
+    }
 }
 
 impl Inner {

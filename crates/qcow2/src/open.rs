@@ -134,9 +134,10 @@ fn open_writable(
     };
     let writer = Writer {
         core: Mutex::new(core),
-        flushes: Mutex::new(Flushes::new(Work::new(refcounts, header.l1))),
+        flushes: Mutex::new(Flushes::new(Work::new(refcounts, header.l1, header.l1_entries))),
         sealed: AtomicBool::new(false),
         failed: AtomicBool::new(false),
+        growing: Mutex::new(()),
         keeps_freed,
     };
     let image = assemble(parts, header, geometry, u64::MAX, Some(writer))?;

@@ -96,17 +96,10 @@ impl Claims {
         owner
     }
 
-    /// Entries now name the homes that `owner` claims.
-    pub(crate) fn published(&mut self, owner: u64) {
-        for index in 0..self.held.len() {
-            let Some(&Held { owner: holder, claim, unpublished: true }) = self.held.get(index) else {
-                continue;
-            };
-            if holder == owner {
-                let same = |held: &&mut Held| held.claim.cluster == claim.cluster;
-                self.held.iter_mut().filter(same).for_each(|held| held.unpublished = false);
-            }
-        }
+    /// The entry of `cluster` now names the home that it is claimed with.
+    pub(crate) fn published(&mut self, cluster: GuestCluster) {
+        let same = |held: &&mut Held| held.claim.cluster == cluster;
+        self.held.iter_mut().filter(same).for_each(|held| held.unpublished = false);
     }
 
     /// Lets go of what `owner` holds. Calls `unused` with each home that was taken in vain. The caller wakes those
@@ -175,7 +168,7 @@ mod tests {
         assert_eq!(release(&mut claims, owners[0]), []);
         assert_eq!(release(&mut claims, owners[2]), [HostOffset(1 << 16)]);
         let owners = [1, 2].map(|shared| claims.hold(&[claim(shared, 0)]));
-        claims.published(owners[0]);
+        claims.published(CLUSTER);
         assert_eq!(claims.home(CLUSTER), None);
         assert_eq!(release(&mut claims, owners[0]), []);
         assert_eq!(release(&mut claims, owners[1]), []);

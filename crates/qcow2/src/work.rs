@@ -21,6 +21,7 @@ pub(crate) struct Work {
     pub(crate) refcounts: Refcounts,
     /// Where the L1 table is.
     pub(crate) l1: HostOffset,
+    pub(crate) l1_entries: u32,
     /// L2 tables to be, by their index in the L1 table.
     new_tables: BTreeMap<usize, NewTable>,
     /// What entries named that the batch changes.
@@ -48,10 +49,11 @@ struct NewTable {
 type ByTable = BTreeMap<usize, Vec<(usize, Entry)>>;
 
 impl Work {
-    pub(crate) fn new(refcounts: Refcounts, l1: HostOffset) -> Self {
+    pub(crate) fn new(refcounts: Refcounts, l1: HostOffset, l1_entries: u32) -> Self {
         Self {
             refcounts,
             l1,
+            l1_entries,
             new_tables: BTreeMap::new(),
             freed: Vec::new(),
             freed_tables: Vec::new(),
@@ -118,6 +120,11 @@ impl Work {
     /// What was linked last is on stable storage.
     pub(crate) fn linked(&mut self) {
         self.freed_tables.extend(self.refcounts.linked());
+    }
+
+    /// Nothing on stable storage names these clusters any more, which held a table: the first one, and how many.
+    pub(crate) fn free_table(&mut self, table: (HostOffset, u64)) {
+        self.freed_tables.push(table);
     }
 
     /// Writes the batch's entries into tables that may be linked, and links those that surely are not yet. Into a table

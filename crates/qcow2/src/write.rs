@@ -15,16 +15,14 @@ use crate::publish::Step;
 use crate::read::{after, data_extent};
 
 impl Inner {
+    /// For who may write `range`.
     pub(crate) fn resolve_write(
         self: &Arc<Self>,
+        writer: &Writer,
         range: ByteRange,
         waker: &Waker,
         out: &mut Vec<Extent>,
     ) -> Poll<Result<WriteGuard>> {
-        let writer = match self.check_writable(range) {
-            Ok(writer) => writer,
-            Err(error) => return Poll::Ready(Err(error)),
-        };
         let before = out.len();
         // Before any entry is looked at, and until the extents have it.
         let epoch = self.epochs.now();
@@ -238,7 +236,11 @@ impl Allocating {
             steps.push(Step { cluster: claim.cluster, old, new: advance(claim, old) });
         }
         image.publish(&mut core, &steps)?;
-        core.claims.published(self.owner);
+        for (claim, step) in self.claims.iter().zip(&steps) {
+            if step.new.home.offset() == Some(claim.home) {
+                core.claims.published(claim.cluster);
+            }
+        }
         let waiting = self.release(&mut core);
         drop(core);
         waiting.into_iter().for_each(Waker::wake);

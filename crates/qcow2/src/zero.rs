@@ -90,19 +90,19 @@ impl Inner {
         };
         let start = range.offset.div_ceil(1 << bits) << bits;
         if start >= end.min(range.end()) {
-            return self.clear_bytes(range, why, waker);
+            return self.clear_bytes(writer, range, why, waker);
         }
         let head = ByteRange { offset: range.offset, len: start - range.offset };
         let tail = ByteRange { offset: end.min(range.end()), len: range.end().saturating_sub(end) };
         let mut rest = ByteRange { offset: start, len: end - start };
-        if !self.clear_bytes(head, why, waker)? || !self.clear_bytes(tail, why, waker)? {
+        if !self.clear_bytes(writer, head, why, waker)? || !self.clear_bytes(writer, tail, why, waker)? {
             return Ok(false);
         }
         while rest.len > 0 {
             let inside = rest.offset & (self.geometry.cluster_size() - 1);
             let batch =
                 ByteRange { len: rest.len.min((BATCH << self.geometry.cluster_bits) - inside), ..rest };
-            if !self.clear_batch(writer, batch, why, waker)? {
+            if !self.clear_batch(writer, batch, range.end(), why, waker)? {
                 return Ok(false);
             }
             rest = after(rest, batch.len);
@@ -110,11 +110,12 @@ impl Inner {
         Ok(true)
     }
 
-    /// Clears whole subclusters.
+    /// Clears whole subclusters, of what was asked for up to `limit`.
     fn clear_batch(
         self: &Arc<Self>,
         writer: &Writer,
         range: ByteRange,
+        limit: u64,
         why: Why,
         waker: &Waker,
     ) -> Result<bool> {
@@ -128,9 +129,8 @@ impl Inner {
             cleared.hidden.iter().for_each(|hidden| _ = self.data.punch_hole(*hidden));
         }
         for range in cleared.bytes {
-            let range =
-                ByteRange { len: range.len.min(self.capacity().saturating_sub(range.offset)), ..range };
-            if !self.clear_bytes(range, why, waker)? {
+            let range = ByteRange { len: range.len.min(limit.saturating_sub(range.offset)), ..range };
+            if !self.clear_bytes(writer, range, why, waker)? {
                 return Ok(false);
             }
         }
@@ -202,7 +202,13 @@ impl Inner {
 
     /// Clears bytes one by one: those that are here where they are, and others that would show by a write of zeroes. A
     /// discard leaves those as they are. `false` if it has to wait.
-    fn clear_bytes(self: &Arc<Self>, range: ByteRange, why: Why, waker: &Waker) -> Result<bool> {
+    fn clear_bytes(
+        self: &Arc<Self>,
+        writer: &Writer,
+        range: ByteRange,
+        why: Why,
+        waker: &Waker,
+    ) -> Result<bool> {
         let mut rest = range;
         while rest.len > 0 {
             let found = self.run_at(rest)?;
@@ -213,7 +219,7 @@ impl Inner {
                 Place::Absent => self.inside_backing(run) > 0,
                 Place::Data(_) | Place::Packed => true,
             };
-            if (here || (shows && why != Why::Discard)) && !self.overwrite(run, why, waker)? {
+            if (here || (shows && why != Why::Discard)) && !self.overwrite(writer, run, why, waker)? {
                 return Ok(false);
             }
             rest = after(rest, run.len);
@@ -222,9 +228,15 @@ impl Inner {
     }
 
     /// A write of zeroes like any other.
-    fn overwrite(self: &Arc<Self>, range: ByteRange, why: Why, waker: &Waker) -> Result<bool> {
+    fn overwrite(
+        self: &Arc<Self>,
+        writer: &Writer,
+        range: ByteRange,
+        why: Why,
+        waker: &Waker,
+    ) -> Result<bool> {
         let mut extents = Vec::new();
-        let guard = match self.resolve_write(range, waker, &mut extents) {
+        let guard = match self.resolve_write(writer, range, waker, &mut extents) {
             Poll::Ready(guard) => guard?,
             Poll::Pending => return Ok(false),
         };

@@ -59,7 +59,14 @@ impl Files {
 
     pub(crate) fn open_on_boot(&self, backing: Option<Arc<dyn Disk>>, boot: &str) -> block::Result<Image> {
         let [a, b] = self.journal.clone();
-        Image::open(Parts::new(self.image.clone(), backing), Mode::Writable(Journal::open(a, b, boot)?))
+        let parts = Parts::new(self.image.clone(), backing);
+        Image::open(parts, Mode::Writable(Journal::open(a, b, boot)?))
+    }
+
+    /// Opens these parts with the image's journal.
+    pub(crate) fn open_parts(&self, parts: Parts) -> block::Result<Image> {
+        let [a, b] = self.journal.clone();
+        Image::open(parts, Mode::Writable(Journal::open(a, b, "this boot")?))
     }
 }
 

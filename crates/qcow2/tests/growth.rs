@@ -1,0 +1,255 @@
+//! Images that change while a guest writes them: larger disks, what is beneath brought up, other backing files.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Waker;
+use std::thread;
+
+use block::testing::{CrashStorage, FaultStorage, MemStorage};
+use block::{ByteRange, Disk, ErrorKind, Layer, Place, RawDisk, Storage, blocking, read_disk, write_disk};
+use qcow2::{CreateOptions, Header, Image, Mode, Parts};
+use support::{Files, Random, Verdict, assert_same, check, contents, memory, options};
+
+fn base(len: u64) -> (Vec<u8>, Arc<dyn Disk>) {
+    let bytes: Vec<u8> =
+        (0..len).map(|at| if at >> 15 & 3 == 3 { 0 } else { (at / 512 + 1) as u8 }).collect();
+    let disk = RawDisk::new(Arc::new(MemStorage::from(bytes.clone())), true).unwrap();
+    (bytes, Arc::new(disk))
+}
+
+fn populate(image: &Image, range: ByteRange) -> u64 {
+    blocking(|waker| image.populate(range, waker)).unwrap()
+}
+
+fn read_only(files: &Files, backing: Option<Arc<dyn Disk>>) -> Image {
+    Image::open(Parts::new(files.image.clone(), backing), Mode::ReadOnly).unwrap()
+}
+
+#[test]
+fn what_is_brought_up_is_needed_from_below_no_more() {
+    for extended in [false, true] {
+        let capacity = 1_000_001;
+        let (mut expected, base) = base(700_000 / 512 * 512);
+        expected.resize(capacity as usize, 0);
+        let storage = memory();
+        let files = Files::new(storage.clone(), &options(capacity, 16, extended));
+        let image = files.open(Some(base)).unwrap();
+        write_disk(&image, 70_000, &[0xaa; 9000]).unwrap();
+        expected[70_000..79_000].fill(0xaa);
+        blocking(|waker| image.discard(ByteRange { offset: 1 << 17, len: 1 << 16 }, waker)).unwrap();
+        expected[1 << 17..3 << 16].fill(0);
+        let all = ByteRange { offset: 0, len: capacity };
+        let copied = populate(&image, all);
+        assert!((400_000..700_000).contains(&copied), "{copied}");
+        assert_eq!(populate(&image, all), 0);
+        image.seal();
+        image.flush().run().unwrap();
+        assert_same(&contents(&image), &expected, "above");
+        assert_same(&contents(&read_only(&files, None)), &expected, "on its own");
+        assert_eq!(check(&storage.bytes()), Verdict::default());
+    }
+}
+
+#[test]
+fn only_the_range_is_brought_up_and_zeroes_take_no_room() {
+    let (_, base) = base(1 << 20);
+    let files = Files::new(memory(), &options(1 << 20, 17, true));
+    let image = files.open(Some(base)).unwrap();
+    // From the middle of one subcluster to the middle of another: both are brought up as a whole.
+    assert_eq!(populate(&image, ByteRange { offset: 6000, len: 4000 }), 8192);
+    let place = |offset| image.run_at(ByteRange { offset, len: 4096 }).unwrap().place;
+    assert!(matches!(
+        [0, 4096, 8192, 12288].map(place),
+        [Place::Absent, Place::Data(_), Place::Data(_), Place::Absent]
+    ));
+    assert_eq!(populate(&image, ByteRange { offset: 3 << 15, len: 1 << 15 }), 0);
+    assert_eq!(place(3 << 15), Place::Zero);
+}
+
+#[test]
+fn a_guest_writes_while_what_is_beneath_is_brought_up() {
+    for seed in 0..6 {
+        let capacity = 1 << 20;
+        let (mut expected, base) = base(capacity);
+        let files = Files::new(memory(), &options(capacity, 16, seed % 2 == 0));
+        let parts = Parts { cache_bytes: 0, ..Parts::new(files.image.clone(), Some(base)) };
+        let image = files.open_parts(parts).unwrap();
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let job = scope.spawn(|| {
+                let mut random = Random(seed);
+                while !over.load(Ordering::Relaxed) {
+                    let (offset, len) = random.range(capacity);
+                    populate(&image, ByteRange { offset, len });
+                }
+                populate(&image, ByteRange { offset: 0, len: capacity });
+            });
+            let mut random = Random(seed + 100);
+            for _ in 0..2000 {
+                let (offset, len) = (random.below(capacity / 512) * 512, 512);
+                let range = ByteRange { offset, len };
+                let value = random.next() as u8;
+                if value < 64 {
+                    blocking(|waker| image.write_zeroes(range, true, waker)).unwrap();
+                } else {
+                    write_disk(&image, offset, &[value; 512]).unwrap();
+                }
+                expected[offset as usize..][..512].fill(if value < 64 { 0 } else { value });
+            }
+            over.store(true, Ordering::Relaxed);
+            job.join().unwrap();
+        });
+        image.flush().run().unwrap();
+        assert_same(&contents(&read_only(&files, None)), &expected, &format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn bringing_up_waits_for_a_write_in_the_same_subcluster() {
+    let (_, base) = base(1 << 20);
+    let files = Files::new(memory(), &options(1 << 20, 17, true));
+    let image = files.open(Some(base)).unwrap();
+    let write = ByteRange { offset: 512, len: 512 };
+    let guard = blocking(|waker| image.resolve_write(write, waker, &mut Vec::new())).unwrap();
+    let all = ByteRange { offset: 0, len: 4096 };
+    assert!(image.populate(all, Waker::noop()).is_pending());
+    guard.complete().unwrap();
+    assert_eq!(populate(&image, all), 0);
+}
+
+/// What is past the old end must not show, neither of the layer beneath nor of the last cluster.
+#[test]
+fn a_larger_disk_reads_zeroes_where_it_is_new() {
+    for (capacity, extended) in [(300_000 / 512 * 512, true), (300_001, false), (65536, true), (100, false)] {
+        let (mut expected, base) = base(600 << 10);
+        expected.truncate(capacity as usize);
+        let storage = memory();
+        let files = Files::new(storage.clone(), &options(capacity, 16, extended));
+        let image = files.open(Some(base.clone())).unwrap();
+        write_disk(&image, capacity - 50, &[0xaa; 50]).unwrap();
+        expected[capacity as usize - 50..].fill(0xaa);
+        for larger in [capacity, capacity + 7, 500_000, 2 << 20] {
+            image.grow(larger).unwrap();
+            expected.resize(larger as usize, 0);
+            assert_same(&contents(&image), &expected, &format!("{capacity} to {larger}"));
+            let reopened = read_only(&files, Some(base.clone()));
+            assert_same(&contents(&reopened), &expected, "from the file");
+        }
+        write_disk(&image, (2 << 20) - 10, &[3; 10]).unwrap();
+        assert_eq!(image.grow(1 << 20).unwrap_err().kind(), ErrorKind::InvalidInput);
+        image.flush().run().unwrap();
+        assert_eq!(check(&storage.bytes()), Verdict::default());
+    }
+}
+
+#[test]
+fn the_l1_table_moves_when_it_is_too_short() {
+    let storage = memory();
+    let files = Files::new(storage.clone(), &options(1 << 20, 16, false));
+    let image = files.open(None).unwrap();
+    write_disk(&image, 5000, &[1; 5000]).unwrap();
+    // An L2 table maps 512 MiB, a cluster has room for 8192 of them.
+    let capacity = 5 << 40;
+    image.grow(capacity).unwrap();
+    write_disk(&image, capacity - 4096, &[2; 4096]).unwrap();
+    image.flush().run().unwrap();
+    drop(image);
+    let image = files.open(None).unwrap();
+    assert_eq!(image.capacity(), capacity);
+    for (offset, value) in [(5000, 1), (1 << 20, 0), (capacity - 4096, 2)] {
+        let mut found = [9; 4096];
+        read_disk(&image, offset, &mut found).unwrap();
+        assert_eq!(found, [value; 4096]);
+    }
+    assert_eq!(check(&storage.bytes()), Verdict::default());
+}
+
+/// The image's length is in the same sector as the place of the tables that map it.
+#[test]
+fn power_lost_while_growing_leaves_the_old_size_or_the_new_one() {
+    let mut sizes = [0; 2];
+    for seed in 0..40 {
+        let (_, base) = base(3 << 20);
+        let storage = Arc::new(CrashStorage::new());
+        let files = Files::new(storage.clone(), &CreateOptions { ..options(1 << 20, 16, seed % 2 == 0) });
+        let image = files.open(Some(base.clone())).unwrap();
+        write_disk(&image, 0, &[7; 4096]).unwrap();
+        image.flush().run().unwrap();
+        // The power goes after so many syncs.
+        let stop = Arc::new(StopsSyncing { inner: storage.clone(), left: (seed / 2 % 10).into() });
+        let parts = Parts::new(stop, Some(base.clone()));
+        let image = files.open_parts(parts).unwrap();
+        let grown = image.grow(9 << 40);
+        let mut random = Random(seed);
+        let left = Arc::new(storage.after_power_loss(|| random.below(2) == 0));
+        assert_eq!(check(&left.bytes()).errors, Vec::<String>::new());
+        let image = Image::open(Parts::new(left, Some(base)), Mode::ReadOnly).unwrap();
+        let larger = image.capacity() == 9 << 40;
+        assert!(larger || image.capacity() == 1 << 20);
+        assert!(larger || grown.is_err());
+        sizes[usize::from(larger)] += 1;
+        let mut found = [1; 8192];
+        read_disk(&image, 0, &mut found).unwrap();
+        assert_eq!((found[0], found[4096]), (7, 9));
+        if larger {
+            read_disk(&image, 2 << 20, &mut found).unwrap();
+            assert_eq!(found, [0; 8192]);
+        }
+    }
+    assert!(sizes.iter().all(|count| *count > 3), "{sizes:?}");
+}
+
+#[derive(Debug)]
+struct StopsSyncing {
+    inner: Arc<CrashStorage>,
+    left: std::sync::atomic::AtomicU64,
+}
+
+impl Storage for StopsSyncing {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> block::Result<()> {
+        self.inner.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> block::Result<()> {
+        self.inner.write_at(buf, offset)
+    }
+
+    fn sync(&self) -> block::Result<()> {
+        let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        left.map_err(|_| block::Error::new(ErrorKind::Io, "injected: no power"))?;
+        self.inner.sync()
+    }
+
+    fn len(&self) -> block::Result<u64> {
+        self.inner.len()
+    }
+
+    fn set_len(&self, len: u64) -> block::Result<()> {
+        self.inner.set_len(len)
+    }
+
+    fn punch_hole(&self, range: ByteRange) -> block::Result<()> {
+        self.inner.punch_hole(range)
+    }
+}
+
+#[test]
+fn another_backing_file_is_named_while_the_image_is_written() {
+    let storage: Arc<FaultStorage> = memory();
+    let files = Files::new(storage.clone(), &options(1 << 20, 16, true));
+    let image = files.open(None).unwrap();
+    write_disk(&image, 0, &[7; 4096]).unwrap();
+    image.set_backing(Some(("elsewhere", "raw"))).unwrap();
+    image.flush().run().unwrap();
+    let header = Header::read(&*storage).unwrap();
+    assert_eq!(header.backing_file.as_deref(), Some("elsewhere"));
+    image.set_backing(None).unwrap();
+    assert_eq!(Header::read(&*storage).unwrap().backing_file, None);
+    assert_eq!(check(&storage.bytes()), Verdict::default());
+    image.seal();
+    assert_eq!(image.set_backing(None).unwrap_err().kind(), ErrorKind::ReadOnly);
+    assert_eq!(image.grow(2 << 20).unwrap_err().kind(), ErrorKind::ReadOnly);
+}
