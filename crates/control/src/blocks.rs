@@ -100,7 +100,7 @@ fn node(disk: &DiskStatus, depth: usize) -> Option<BlockDeviceInfo> {
     let backing_file = backing.map(|backing| backing.path.to_string_lossy().into_owned());
     Some(BlockDeviceInfo {
         file: filename.clone(),
-        node_name: format!("{}.{depth}", disk.id),
+        node_name: layer.node_name.clone(),
         ro: disk.read_only || depth + 1 < disk.layers.len(),
         drv: layer.format,
         backing_file: backing_file.clone(),

@@ -9,7 +9,7 @@ use block::{Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
-    CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, Event, FreezeOwner, Grade,
+    CommitRequest, CreateRequest, DeleteRequest, DiskLayer, DiskProbe, DiskStatus, Event, FreezeOwner, Grade,
     ImageFormat, JobInfo, JobOptions, JobStatus, JobType, SnapshotDisk, SnapshotRecord, StreamRequest,
     Timing,
 };
@@ -267,11 +267,13 @@ impl Service for Fake {
     }
 
     fn disks(&self) -> Vec<DiskStatus> {
-        let overlay = SnapshotDisk {
-            id: "vda".to_owned(),
-            path: PathBuf::from("/images/vda.1.qcow2"),
-            format: ImageFormat::Qcow2,
+        let layer = |number: u32, path: &str, format| DiskLayer {
+            node_name: format!("vda.{number}"),
+            path: PathBuf::from(path),
+            format,
         };
+        let base = layer(0, "/images/base.raw", ImageFormat::Raw);
+        let overlay = layer(1, "/images/vda.1.qcow2", ImageFormat::Qcow2);
         vec![DiskStatus {
             id: "vda".to_owned(),
             capacity: 1 << 30,
@@ -281,7 +283,7 @@ impl Service for Fake {
             write_errors: WriteErrors::Enospc,
             io_status: if self.lock().resumed { IoStatus::Ok } else { IoStatus::NoSpace },
             parked: 2,
-            layers: vec![image("vda"), overlay],
+            layers: vec![base, overlay],
         }]
     }
 

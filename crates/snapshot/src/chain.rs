@@ -12,7 +12,7 @@ use block::{
 use hostio::Cache;
 
 use crate::layer::{Layer, Opening};
-use crate::model::{DiskStatus, SnapshotDisk};
+use crate::model::{DiskLayer, DiskStatus};
 
 /// One disk that is served, and its gate.
 ///
@@ -169,8 +169,8 @@ impl Chain {
 
     /// What a client is told of it.
     pub(crate) fn status(&self, cache: Cache) -> DiskStatus {
-        let image = |layer: &Arc<Layer>| SnapshotDisk {
-            id: self.id.clone(),
+        let image = |layer: &Arc<Layer>| DiskLayer {
+            node_name: format!("{}.{}", self.id, layer.entry.number),
             path: layer.entry.path.clone(),
             format: layer.entry.format,
         };

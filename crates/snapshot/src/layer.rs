@@ -20,9 +20,6 @@ use crate::model::ImageFormat;
 /// bound of the journal's size and of the time to replay it. A guest that flushes never gets there.
 pub(crate) const MAX_PENDING: usize = 16 * 1024;
 
-/// What the map of a snapshot's reader may take: enough for a walk over the disk, as exports and probes do it.
-const VIEW_BYTES: u64 = 1 << 20;
-
 /// What a disk's metadata cache is where nobody says otherwise, in bytes.
 pub const DEFAULT_METADATA_CACHE: u64 = 64 << 20;
 
@@ -91,6 +88,11 @@ pub(crate) enum Access<'a> {
         /// The state directory's folder of journals.
         journals: &'a JournalFolder,
     },
+    /// To be written by a job, beneath others that read it.
+    Job {
+        /// The state directory's folder of journals.
+        journals: &'a JournalFolder,
+    },
 }
 
 impl Layer {
@@ -103,7 +105,7 @@ impl Layer {
         how: Opening,
         access: Access<'_>,
     ) -> Result<Self> {
-        let writable = matches!(access, Access::Write { .. });
+        let writable = !matches!(access, Access::Read);
         let file = Arc::new(HostFile::open(&entry.path, hostio::Open { writable, cache: how.cache })?);
         let beneath = match beneath {
             Beneath::Layers(stack) => stack,
@@ -124,20 +126,11 @@ impl Layer {
         self.beneath.with_layer(Arc::clone(self) as _)
     }
 
-    /// The disk as this layer, which is frozen, shows it. What is found out for it does not crowd out what a guest
-    /// uses.
+    /// The disk as this layer shows it, without a map: for whoever reads a snapshot for long, while jobs come and go that
+    /// move what it holds, and for a layer on this one while this one is being written.
     pub(crate) fn view(self: &Arc<Self>) -> Stack {
-        self.stack_of(VIEW_BYTES)
-    }
-
-    /// The stack for a layer on this one while this one is being written.
-    pub(crate) fn changing_stack(self: &Arc<Self>) -> Stack {
-        self.stack_of(0)
-    }
-
-    fn stack_of(self: &Arc<Self>, cache_bytes: u64) -> Stack {
         let own = Arc::clone(self) as Arc<dyn block::Layer>;
-        Stack::new(self.beneath.layers().into_iter().chain([own]).collect(), cache_bytes)
+        Stack::new(self.beneath.layers().into_iter().chain([own]).collect(), 0)
     }
 
     /// What is beneath it.
@@ -150,16 +143,17 @@ impl Layer {
         if self.entry.number == 0 { self.beneath.layers() } else { Vec::new() }
     }
 
-    /// Opens the image once more, for a job to write to it beneath the chain that reads it. Nothing changes if it is open
-    /// for writing already. What the job writes must not change what is read through the layers above.
+    /// Opens the image once more, to be written: by a job, beneath the chain that reads it, and then what is written must
+    /// not change what is read through the layers above; or as the active layer. Nothing changes if it is open for writing
+    /// already.
     ///
     /// Errors: [`ErrorKind::Busy`] while another program reads the image.
-    pub(crate) fn begin_writing(&self, id: &str, journals: &JournalFolder) -> Result<()> {
+    pub(crate) fn begin_writing(&self, id: &str, access: Access<'_>) -> Result<()> {
         if !self.disk().read_only() {
             return Ok(());
         }
         let file = Arc::new(self.storage().reopen_for_writing()?);
-        let open = Open::new(id, &self.entry, file, Arc::clone(&self.beneath), Access::Write { journals })?;
+        let open = Open::new(id, &self.entry, file, Arc::clone(&self.beneath), access)?;
         if open.disk().capacity() != self.disk().capacity() {
             let story = format!("{} has been resized by somebody", self.entry.path.display());
             return Err(Error::new(ErrorKind::Unsupported, story));
@@ -228,6 +222,7 @@ impl Open {
                 let mode = match access {
                     Access::Read => Mode::ReadOnly,
                     Access::Write { journals } => Mode::Writable(journals.open(id, entry.number)?),
+                    Access::Job { journals } => Mode::Job(journals.open(id, entry.number)?),
                 };
                 let image = Image::open(Parts::new(Arc::clone(&file) as _, Some(beneath)), mode);
                 Content::Qcow2(Arc::new(image.context(|| format!("open {}", entry.path.display()))?))

@@ -31,6 +31,6 @@ pub use jobs::{CommitRequest, DeleteRequest, JobInfo, JobOptions, JobStatus, Job
 pub use layer::DEFAULT_METADATA_CACHE;
 pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager};
 pub use model::{
-    CreateRequest, DiskStatus, ErrorAction, Event, FreezeOwner, FreezePolicy, Grade, ImageFormat,
+    CreateRequest, DiskLayer, DiskStatus, ErrorAction, Event, FreezeOwner, FreezePolicy, Grade, ImageFormat,
     IoOperation, SnapshotDisk, SnapshotRecord, Step, Timing, millis,
 };

@@ -325,7 +325,19 @@ pub struct DiskStatus {
     /// How many do.
     pub parked: u64,
     /// The chain's images, the base first, the active layer last.
-    pub layers: Vec<SnapshotDisk>,
+    pub layers: Vec<DiskLayer>,
+}
+
+/// One image of a disk's chain.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskLayer {
+    /// Its name as a node: the disk's id, a dot and the layer's number, which it keeps as long as it lives.
+    pub node_name: String,
+    /// The image.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: ImageFormat,
 }
 
 #[cfg(test)]

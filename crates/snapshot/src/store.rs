@@ -205,7 +205,7 @@ impl Store {
             }
             let access = if is_writable { Access::Write { journals: &self.journals } } else { Access::Read };
             let layer = Arc::new(Layer::open(id, entry, beneath, how, access)?);
-            let stack = if is_writable { layer.changing_stack() } else { layer.stack() };
+            let stack = if is_writable { layer.view() } else { layer.stack() };
             beneath = Beneath::Layers(Arc::new(stack));
             layers.push(layer);
         }

@@ -21,7 +21,7 @@ use super::record::Direction;
 use super::work::{Done, Part, Work};
 use crate::cut::{Layers as _, Limits};
 use crate::group::{Group, Served};
-use crate::layer::Layer;
+use crate::layer::{Access, Layer};
 use crate::manifest::Manifest;
 use crate::store::backing_name;
 
@@ -182,7 +182,7 @@ impl Work<'_> {
         if chain.is_connected() || !is_empty(top)? || beneath.disk().capacity() != top.disk().capacity() {
             return Ok(());
         }
-        beneath.begin_writing(chain.id(), self.world.store.journals())?;
+        beneath.begin_writing(chain.id(), Access::Write { journals: self.world.store.journals() })?;
         let changed = self.world.store.update(|manifest| {
             manifest.remove_layer(chain.id(), &top.entry);
             manifest.set_sealed(chain.id(), beneath.entry.number, false);

@@ -20,7 +20,7 @@ use super::plan::{Segment, doomed, plan, replan};
 use super::record::{Direction, JobRecord, Move, Task};
 use super::world::World;
 use crate::group::Served;
-use crate::layer::{Layer, MAX_PENDING};
+use crate::layer::{Access, Layer, MAX_PENDING};
 use crate::manifest::Manifest;
 use crate::model::Grade;
 
@@ -182,7 +182,7 @@ impl<'a> Work<'a> {
     }
 
     fn open_target(&self, part: &Part) -> Result<()> {
-        part.target()?.begin_writing(part.disk(), self.world.store.journals())
+        part.target()?.begin_writing(part.disk(), Access::Job { journals: self.world.store.journals() })
     }
 
     /// Writes down what is about to be done, before the first byte of it.
@@ -270,6 +270,16 @@ impl<'a> Work<'a> {
         if let Err(error) = updated {
             warn!(%error, job = self.job.identity.id, "a job that has ended would be begun again by a restart");
         }
+        if is_stopped {
+            return;
+        }
+        // The next job may use the room again that this one gave back, and the chain's map may still name it.
+        let exclusive = self.world.exclusive_at_last();
+        for part in parts {
+            let layers = part.served.chain.layers().clone();
+            part.served.chain.relayer(layers, part.served.how);
+        }
+        drop(exclusive);
     }
 
     /// A target that is written no more: synced, and open to other readers.

@@ -1,7 +1,7 @@
 //! What jobs work on: the chains, the manifest, and who else uses them.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use block::{Context, Error, ErrorKind, Result, WriteErrors};
@@ -34,14 +34,31 @@ impl World {
     pub(crate) fn exclusive(&self, job: &Job) -> std::result::Result<MutexGuard<'_, ()>, Halt> {
         loop {
             // A cut that hangs for its deadlines must not keep a daemon from ending.
-            if let Ok(guard) = self.chains.try_lock() {
-                let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-                if held.is_none() {
-                    return Ok(guard);
-                }
+            if let Some(exclusive) = self.try_exclusive() {
+                return Ok(exclusive);
             }
             job.wait(LOOK)?;
         }
+    }
+
+    /// The same for a job that has been called off. A cut and a held one end by their deadlines.
+    pub(crate) fn exclusive_at_last(&self) -> MutexGuard<'_, ()> {
+        loop {
+            if let Some(exclusive) = self.try_exclusive() {
+                return exclusive;
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    fn try_exclusive(&self) -> Option<MutexGuard<'_, ()>> {
+        let exclusive = match self.chains.try_lock() {
+            Ok(exclusive) => exclusive,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.is_none().then_some(exclusive)
     }
 
     /// The chain of a disk: the one that is served, or one that is opened for as long as the job needs it.

@@ -1,0 +1,413 @@
+//! Jobs over real files: whatever they merge, and whenever, the disk and every snapshot read as they did.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step of a test ends it")]
+
+mod bench;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use block::{ByteRange, Disk, ErrorKind, blocking, read_disk, write_disk};
+use snapshot::{CommitRequest, DeleteRequest, Event, JobOptions, JobStatus, Manager, StreamRequest};
+
+use bench::{Bench, SIZE, byte, chain, check, delete, finish, snapshot, stamp};
+
+/// A generator that is the same each time (splitmix64).
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % sides
+    }
+}
+
+fn kept() -> JobOptions {
+    JobOptions { auto_dismiss: false, ..JobOptions::default() }
+}
+
+fn content(manager: &Manager) -> Vec<u8> {
+    let mut bytes = vec![0; SIZE as usize];
+    read_disk(&**chain(manager, "vda"), 0, &mut bytes).unwrap();
+    bytes
+}
+
+/// A change of the disk, and of the bytes that it should have: a write, zeroes or a discard, of sectors.
+fn change(disk: &dyn Disk, oracle: &mut [u8], dice: &mut Dice) {
+    let start = dice.roll(SIZE / 512) * 512;
+    let longest = [512, 4096, 65536, 1 << 20][dice.roll(4) as usize];
+    let len = (512 * (1 + dice.roll(longest / 512))).min(SIZE - start);
+    let place = start as usize..(start + len) as usize;
+    let range = ByteRange { offset: start, len };
+    match dice.roll(6) {
+        0 => blocking(|waker| disk.write_zeroes(range, dice.roll(2) == 0, waker))
+            .map(|()| oracle[place].fill(0)),
+        _ => {
+            let bytes = vec![1 + dice.roll(255) as u8; len as usize];
+            write_disk(disk, start, &bytes).map(|()| oracle[place].copy_from_slice(&bytes))
+        }
+    }
+    .unwrap();
+}
+
+/// The names of a disk's layers, the base first.
+fn nodes(manager: &Manager) -> Vec<String> {
+    manager.disks()[0].layers.iter().map(|layer| layer.node_name.clone()).collect()
+}
+
+/// Merges that were done: commits, streams and deletes.
+type Counts = [usize; 3];
+
+/// Some merge, somewhere: which of the counts it is, the job's id, and the snapshot that it deletes. `None` if it is refused,
+/// which changes nothing.
+fn merge(manager: &Manager, names: &[String], dice: &mut Dice) -> Option<(usize, String, Option<String>)> {
+    let nodes = nodes(manager);
+    let low = dice.roll(nodes.len() as u64) as usize;
+    let high = (low + 1 + dice.roll(2) as usize).min(nodes.len() - 1);
+    let kind = dice.roll(4) as usize;
+    match kind {
+        0 => {
+            let [base_node, top_node] = [low, high].map(|at| Some(nodes[at].clone()));
+            let device = "vda".to_owned();
+            let request =
+                CommitRequest { device, base_node, top_node, options: kept(), ..CommitRequest::default() };
+            manager.commit(request).ok().map(|id| (kind, id, None))
+        }
+        1 => {
+            let base_node = low.checked_sub(1).map(|at| nodes[at].clone());
+            let device = nodes[high].clone();
+            let request = StreamRequest { device, base_node, options: kept(), ..StreamRequest::default() };
+            manager.stream(request).ok().map(|id| (kind, id, None))
+        }
+        _ => {
+            let name = names.get(dice.roll(names.len().max(1) as u64) as usize)?.clone();
+            let request = DeleteRequest { name: name.clone(), options: kept() };
+            manager.delete(request).ok().map(|id| (2, id, Some(name)))
+        }
+    }
+}
+
+/// Everything at once, for some time: writes under way while jobs and cuts go on, and after each round the disk and all
+/// snapshots byte by byte.
+fn rounds(seed: u64, count: usize, counts: &mut Counts) {
+    let bench = Bench::new(&["vda"]);
+    let mut manager = bench.open();
+    let mut dice = Dice(seed);
+    let mut oracle = vec![0; SIZE as usize];
+    let mut snapshots: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    for round in 0..count {
+        chain(&manager, "vda").set_connected(dice.roll(3) > 0);
+        for _ in 0..dice.roll(12) {
+            change(&**chain(&manager, "vda"), &mut oracle, &mut dice);
+        }
+        if dice.roll(3) > 0 {
+            let name = format!("s{round}");
+            snapshot(&manager, &name);
+            snapshots.insert(name, oracle.clone());
+        }
+        let names: Vec<_> = snapshots.keys().cloned().collect();
+        let job = if dice.roll(3) > 0 { merge(&manager, &names, &mut dice) } else { None };
+        // While the job copies, the guest goes on, and so do cuts.
+        for turn in 0..dice.roll(20) {
+            change(&**chain(&manager, "vda"), &mut oracle, &mut dice);
+            if turn == 7 {
+                let name = format!("s{round}-mid");
+                snapshot(&manager, &name);
+                snapshots.insert(name, oracle.clone());
+            }
+        }
+        if let Some((kind, id, deleted)) = job {
+            finish(&manager, &id).unwrap();
+            counts[kind] += 1;
+            deleted.map(|name| snapshots.remove(&name));
+        }
+        assert!(content(&manager) == oracle, "seed {seed}, round {round}: the disk has changed");
+        assert_eq!(manager.list().len(), snapshots.len());
+        for (name, bytes) in &snapshots {
+            assert!(
+                bench.export(&manager, name, "vda") == *bytes,
+                "seed {seed}, round {round}: {name} has changed"
+            );
+        }
+        if dice.roll(6) == 0 {
+            drop(manager);
+            manager = bench.open();
+            assert!(content(&manager) == oracle, "seed {seed}, round {round}: lost by a restart");
+        }
+    }
+    let layers = manager.disks()[0].layers.clone();
+    manager.shut_down().unwrap();
+    drop(manager);
+    for layer in layers.iter().filter(|layer| layer.path.extension().is_some_and(|end| end == "qcow2")) {
+        check(&layer.path);
+    }
+    let files = std::fs::read_dir(bench.folder.path()).unwrap().count();
+    assert!(files <= layers.len() + 2, "{files} files for {} layers", layers.len());
+}
+
+#[test]
+fn random_merges_at_random_places_change_nothing_that_is_read() {
+    let mut counts = Counts::default();
+    for seed in 0..4 {
+        rounds(seed, 12, &mut counts);
+    }
+    assert!(counts.iter().all(|count| *count >= 3), "hardly anything was merged: {counts:?}");
+}
+
+/// What a guest writes while layers are merged beneath it, from another thread, all the time.
+#[test]
+fn a_guest_that_writes_all_the_time_does_not_notice_deletes() {
+    let bench = Bench::new(&["vda"]);
+    let manager = Arc::new(bench.open());
+    chain(&manager, "vda").set_connected(true);
+    let oracle = Arc::new(Mutex::new(vec![0; SIZE as usize]));
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = std::thread::spawn({
+        let (manager, oracle, stop) = (Arc::clone(&manager), Arc::clone(&oracle), Arc::clone(&stop));
+        move || {
+            let mut dice = Dice(99);
+            while !stop.load(Ordering::Relaxed) {
+                let chain = chain(&manager, "vda");
+                let lane = chain.gate().lane(std::task::Waker::noop().clone());
+                // As a virtqueue's worker: through the gate, so that a pivot finds nothing in flight.
+                if lane.enter() {
+                    change(&**chain, &mut oracle.lock().unwrap(), &mut dice);
+                    lane.leave(1);
+                }
+                drop(lane);
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+    });
+    for round in 0..15 {
+        for name in ["a", "b"] {
+            snapshot(&manager, &format!("{name}{round}"));
+        }
+        delete(&manager, &format!("{}{round}", if round % 2 == 0 { "a" } else { "b" })).unwrap();
+        if round > 4 {
+            let oldest = manager.list()[0].name.clone();
+            delete(&manager, &oldest).unwrap();
+        }
+        let oracle = oracle.lock().unwrap();
+        assert!(content(&manager) == *oracle, "round {round}");
+    }
+    stop.store(true, Ordering::Relaxed);
+    writer.join().unwrap();
+    assert!(content(&manager) == *oracle.lock().unwrap());
+}
+
+/// A disk with `count` snapshots, `s0` and on, of which each changed the first bytes of each mebibyte.
+fn chain_of(count: u8) -> (Bench, Manager) {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    for turn in 0..count {
+        (0..8).for_each(|place| stamp(&manager, "vda", (place << 20) + u64::from(turn) * 4096, turn + 1));
+        snapshot(&manager, &format!("s{turn}"));
+    }
+    (bench, manager)
+}
+
+fn begin_delete(manager: &Manager, name: &str, speed: u64) -> String {
+    let options = JobOptions { speed, ..kept() };
+    manager.delete(DeleteRequest { name: name.to_owned(), options }).unwrap()
+}
+
+fn wait_for(manager: &Manager, id: &str, status: JobStatus) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while manager.jobs().iter().find(|job| job.id == id).unwrap().status != status {
+        assert!(std::time::Instant::now() < deadline, "{:?}", manager.jobs());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_job_can_be_paused_slowed_resumed_and_told_of() {
+    let (_bench, manager) = chain_of(3);
+    let events = manager.subscribe();
+    // Slow enough not to end before it is told to.
+    let id = begin_delete(&manager, "s1", 4096);
+    wait_for(&manager, &id, JobStatus::Running);
+    manager.pause_job(&id).unwrap();
+    wait_for(&manager, &id, JobStatus::Paused);
+    assert!(manager.pause_job(&id).unwrap_err().to_string().contains("already paused"));
+    let at_rest = manager.jobs();
+    std::thread::sleep(Duration::from_millis(30));
+    assert_eq!(manager.jobs(), at_rest);
+    assert_eq!(manager.dismiss_job(&id).unwrap_err().kind(), ErrorKind::Busy);
+    manager.set_job_speed(&id, 0).unwrap();
+    manager.resume_job(&id).unwrap();
+    finish(&manager, &id).unwrap();
+    assert!(manager.jobs().is_empty());
+    let told: Vec<_> = events
+        .try_iter()
+        .filter_map(|event| match event {
+            Event::Job { status, .. } => Some(status),
+            _ => None,
+        })
+        .collect();
+    use JobStatus::{Concluded, Created, Null, Paused, Pending, Running, Waiting};
+    assert_eq!(told, [Created, Running, Paused, Running, Waiting, Pending, Concluded, Null]);
+}
+
+#[test]
+fn a_job_that_is_called_off_leaves_a_disk_that_reads_the_same() {
+    let (bench, manager) = chain_of(3);
+    let before = content(&manager);
+    let id = begin_delete(&manager, "s1", 4096);
+    wait_for(&manager, &id, JobStatus::Running);
+    std::thread::sleep(Duration::from_millis(20));
+    manager.cancel_job(&id).unwrap();
+    assert_eq!(finish(&manager, &id).unwrap_err(), "it was cancelled");
+    assert!(content(&manager) == before);
+    assert_eq!(bench.export(&manager, "s0", "vda")[4096], 0);
+    assert_eq!(bench.export(&manager, "s2", "vda")[4096], 2);
+    delete(&manager, "s1").unwrap();
+    assert!(content(&manager) == before);
+    assert_eq!(nodes(&manager).len(), 3);
+}
+
+#[test]
+fn a_job_goes_on_after_a_restart_as_it_was_told() {
+    let (bench, manager) = chain_of(3);
+    let before = content(&manager);
+    let id = begin_delete(&manager, "s1", 4096);
+    wait_for(&manager, &id, JobStatus::Running);
+    manager.pause_job(&id).unwrap();
+    drop(manager);
+    let manager = bench.open();
+    assert!(content(&manager) == before);
+    wait_for(&manager, &id, JobStatus::Paused);
+    manager.set_job_speed(&id, 0).unwrap();
+    manager.resume_job(&id).unwrap();
+    finish(&manager, &id).unwrap();
+    assert!(content(&manager) == before);
+    assert_eq!(manager.show("s1").unwrap_err().kind(), ErrorKind::NotFound);
+    drop(manager);
+    assert!(content(&bench.open()) == before);
+}
+
+#[test]
+fn jobs_of_one_disk_take_turns() {
+    let (_bench, manager) = chain_of(4);
+    let first = begin_delete(&manager, "s1", 4096);
+    let second = begin_delete(&manager, "s2", 0);
+    wait_for(&manager, &first, JobStatus::Running);
+    std::thread::sleep(Duration::from_millis(20));
+    wait_for(&manager, &second, JobStatus::Created);
+    assert_eq!(manager.revert("s0", true).unwrap_err().kind(), ErrorKind::Busy);
+    // What waits can be called off as well, and then leaves no trace.
+    let third = begin_delete(&manager, "s3", 0);
+    manager.cancel_job(&third).unwrap();
+    assert!(finish(&manager, &third).is_err());
+    manager.set_job_speed(&first, 0).unwrap();
+    finish(&manager, &first).unwrap();
+    finish(&manager, &second).unwrap();
+    assert_eq!(manager.list().len(), 2);
+}
+
+#[test]
+fn layers_that_hold_snapshots_are_not_merged_away() {
+    let (_bench, manager) = chain_of(3);
+    let commit = |base: &str, top: &str| {
+        let [base_node, top_node] = [base, top].map(|node| Some(node.to_owned()));
+        let device = "vda".to_owned();
+        manager.commit(CommitRequest { device, base_node, top_node, ..CommitRequest::default() })
+    };
+    let error = commit("vda.0", "vda.2").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("s0"), "{error}");
+    assert_eq!(commit("vda.1", "vda.1").unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert_eq!(commit("vda.1", "vda.9").unwrap_err().kind(), ErrorKind::NotFound);
+    let device = "vdz".to_owned();
+    let stream = manager.stream(StreamRequest { device, ..StreamRequest::default() });
+    assert_eq!(stream.unwrap_err().kind(), ErrorKind::NotFound);
+    let device = "vda".to_owned();
+    let stream = manager.stream(StreamRequest { device, ..StreamRequest::default() });
+    assert!(stream.unwrap_err().to_string().contains("would be lost"));
+}
+
+/// The base was pulled up: it is not used any more, is not removed, and the disk is still known by it.
+#[test]
+fn a_disk_can_be_made_independent_of_its_base() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    (0..8).for_each(|place| stamp(&manager, "vda", place << 20, 1));
+    snapshot(&manager, "one");
+    stamp(&manager, "vda", 4096, 2);
+    snapshot(&manager, "two");
+    delete(&manager, "one").unwrap();
+    let before = content(&manager);
+    // What holds no snapshot is streamed: nothing but the base is beneath the layer of "two" now.
+    stamp(&manager, "vda", 8192, 3);
+    snapshot(&manager, "three");
+    delete(&manager, "two").unwrap();
+    delete(&manager, "three").unwrap();
+    chain(&manager, "vda").set_connected(true);
+    let base = std::fs::read(bench.path("base-vda.raw")).unwrap();
+    let id =
+        manager.stream(StreamRequest { device: "vda".into(), options: kept(), ..StreamRequest::default() });
+    let refused =
+        id.and_then(|id| finish(&manager, &id).map_err(|why| block::Error::new(ErrorKind::Io, why)));
+    if nodes(&manager).len() > 1 {
+        refused.unwrap();
+    }
+    assert_eq!(byte(&manager, "vda", 4096), 2);
+    assert_eq!(byte(&manager, "vda", 8192), 3);
+    assert_eq!(content(&manager)[..4096], before[..4096]);
+    assert_eq!(std::fs::read(bench.path("base-vda.raw")).unwrap().len(), base.len());
+    manager.shut_down().unwrap();
+    drop(manager);
+    let manager = bench.open();
+    assert_eq!(byte(&manager, "vda", 8192), 3);
+    snapshot(&manager, "four");
+    stamp(&manager, "vda", 8192, 4);
+    assert_eq!(bench.export(&manager, "four", "vda")[8192], 3);
+}
+
+#[test]
+fn a_snapshot_that_is_being_read_is_not_spoiled() {
+    let (bench, manager) = chain_of(2);
+    let out = bench.path("out");
+    let mut refused = None;
+    manager
+        .export("s0", "vda", &out, snapshot::ImageFormat::Raw, &mut |_, _| {
+            refused.get_or_insert_with(|| delete(&manager, "s0"));
+        })
+        .unwrap();
+    assert!(refused.unwrap().unwrap_err().contains("being read"));
+    assert_eq!(std::fs::read(&out).unwrap()[4096], 0);
+    delete(&manager, "s0").unwrap();
+}
+
+#[test]
+fn a_disk_with_too_many_overlays_loses_its_oldest_snapshots() {
+    let mut bench = Bench::new(&["vda"]);
+    bench.disks[0].max_overlays = Some(3);
+    let manager = bench.open();
+    let events = manager.subscribe();
+    for turn in 0..7 {
+        stamp(&manager, "vda", turn * 4096, turn as u8 + 1);
+        snapshot(&manager, &format!("s{turn}"));
+    }
+    let before = content(&manager);
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while nodes(&manager).len() > 4 || !manager.jobs().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "{:?} {:?}", nodes(&manager), manager.jobs());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let names: Vec<_> = manager.list().into_iter().map(|one| one.name).collect();
+    assert_eq!(names, ["s4", "s5", "s6"]);
+    assert!(content(&manager) == before);
+    let expired: Vec<_> = events
+        .try_iter()
+        .filter_map(|event| match event {
+            Event::Expired { name, .. } => Some(name),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(expired, ["s0", "s1", "s2", "s3"]);
+}
