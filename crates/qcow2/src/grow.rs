@@ -70,6 +70,9 @@ impl Inner {
             self.data.set_len(capacity)?;
         }
         writer.with_work(|work| self.make_room(writer, work, new))?;
+        if let Some(bitmaps) = &writer.bitmaps {
+            bitmaps.grow(&*self.storage, capacity)?;
+        }
         self.hide_below(writer, old, capacity)?;
         writer.with_work(|work| {
             header_update::write_mapping(&*self.storage, capacity, work.l1, work.l1_entries)?;
@@ -92,20 +95,25 @@ impl Inner {
             }
             self.storage.write_at(&bytes, at.0).context(|| "write a longer L1 table")?;
             work.refcounts.raise(at, clusters);
-            work.refcounts.write_raised(self)?;
-            self.sync(writer)?;
-            while work.refcounts.link(&*self.storage)? {
-                self.sync(writer)?;
-                work.linked();
-            }
+            self.settle_counts(writer, work)?;
             header_update::write_mapping(&*self.storage, self.capacity(), at, entries as u32)?;
             self.sync(writer)?;
-            work.refcounts.settle();
             let old = (work.l1, (u64::from(work.l1_entries) * 8).div_ceil(size));
             (work.l1, work.l1_entries) = (at, entries as u32);
             work.free_table(old);
         }
         self.mapping.extend_l1(entries as usize);
+        Ok(())
+    }
+
+    /// Brings what was written, and the refcounts of what was taken, onto stable storage.
+    pub(crate) fn settle_counts(&self, writer: &Writer, work: &mut Work) -> Result<()> {
+        work.refcounts.write_raised(self)?;
+        self.sync(writer)?;
+        while work.refcounts.link(&*self.storage)? {
+            self.sync(writer)?;
+            work.linked();
+        }
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::task::{Poll, Waker};
 use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, Result, Storage, WriteGuard};
 
 use crate::alloc::Allocator;
+use crate::bitmaps::Bitmaps;
 use crate::entry::{Entry, Geometry, GuestCluster};
 use crate::epoch::Epochs;
 use crate::flush::{Flushes, ImageFlush};
@@ -82,6 +83,8 @@ pub(crate) struct Writer {
     pub(crate) sealed: AtomicBool,
     /// A sync failed: nothing is acknowledged any more.
     pub(crate) failed: AtomicBool,
+    /// Those that the image carries: whatever is written is marked in them before it is acknowledged.
+    pub(crate) bitmaps: Option<Bitmaps>,
     /// Held by who makes the disk larger.
     pub(crate) growing: Mutex<()>,
     /// Whether freed clusters keep their bytes.
@@ -148,10 +151,13 @@ impl Inner {
         writer.check_latch().map(|()| writer)
     }
 
-    /// The writer, if a guest may write `range` now.
-    pub(crate) fn check_writable(&self, range: ByteRange) -> Result<&Writer> {
+    /// The writer, if a guest may write `range` now: it is marked as written.
+    pub(crate) fn begin_writing(&self, range: ByteRange) -> Result<&Writer> {
         let writer = self.writer()?;
         self.check(range)?;
+        if let Some(bitmaps) = &writer.bitmaps {
+            bitmaps.mark(range);
+        }
         Ok(writer)
     }
 }
@@ -205,7 +211,7 @@ impl Disk for Image {
         waker: &Waker,
         out: &mut Vec<Extent>,
     ) -> Poll<Result<WriteGuard>> {
-        match self.0.check_writable(range) {
+        match self.0.begin_writing(range) {
             Ok(writer) => self.0.resolve_write(writer, range, waker, out),
             Err(error) => Poll::Ready(Err(error)),
         }

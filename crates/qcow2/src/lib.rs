@@ -42,10 +42,10 @@
 //! `docs/formats.md` has the details, byte by byte, and what is refused.
 
 mod alloc;
-#[allow(dead_code, reason = "the engine is about to use it")]
 mod bitmaps;
 mod bytes;
 mod check;
+mod close;
 mod compressed;
 mod create;
 mod entry;

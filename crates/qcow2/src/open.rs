@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex};
 use block::{Context, Error, ErrorKind, Result, Storage};
 
 use crate::alloc::Allocator;
+use crate::bitmaps::Bitmaps;
 use crate::check::repair;
 use crate::entry::Geometry;
 use crate::epoch::Epochs;
 use crate::flush::Flushes;
-use crate::header::{AUTOCLEAR_BITMAPS, Header};
+use crate::header::Header;
 use crate::header_update;
 use crate::image::{Core, Image, Inner, Mode, Parts, Writer};
 use crate::journal::Journal;
@@ -113,8 +114,9 @@ fn open_writable(
     for table in &snapshots.tables {
         metadata.add(table.at, clusters(u64::from(table.entries) * 8))?;
     }
+    let bitmaps = Bitmaps::open(&*storage, header, |at, count| metadata.add(at, count))?;
     fill_up(&parts, header, geometry)?;
-    let kept = header.kept_autoclear() & !AUTOCLEAR_BITMAPS;
+    let kept = header.kept_autoclear();
     if header.autoclear != kept {
         // "Software that does not know the meaning of such a bit clears it when it writes": what the bits vouch for
         // would not know of our writes. It must not be vouched for after a power loss either.
@@ -137,12 +139,16 @@ fn open_writable(
         flushes: Mutex::new(Flushes::new(Work::new(refcounts, header.l1, header.l1_entries))),
         sealed: AtomicBool::new(false),
         failed: AtomicBool::new(false),
+        bitmaps,
         growing: Mutex::new(()),
         keeps_freed,
     };
     let image = assemble(parts, header, geometry, u64::MAX, Some(writer))?;
     image.0.add_tables()?;
     image.0.recover().context(|| "finish what the journal holds")?;
+    if let Some(bitmaps) = image.0.writer.as_ref().and_then(|writer| writer.bitmaps.as_ref()) {
+        bitmaps.begin(&*image.0.storage)?;
+    }
     Ok(image)
 }
 

@@ -20,7 +20,8 @@ impl Image {
     ///
     /// It reads and writes here and now: for a job's thread, not a virtqueue's worker.
     pub fn populate(&self, range: ByteRange, waker: &Waker) -> Poll<Result<u64>> {
-        let populated = self.0.check_writable(range).and_then(|writer| self.0.populate(writer, range, waker));
+        let may = self.0.check(range).and_then(|()| self.0.writer());
+        let populated = may.and_then(|writer| self.0.populate(writer, range, waker));
         match populated {
             Ok(Some(copied)) => Poll::Ready(Ok(copied)),
             Ok(None) => Poll::Pending,

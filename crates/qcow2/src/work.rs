@@ -169,7 +169,7 @@ impl Work {
 
     /// Counts less what was freed, and gives to be used again what nothing names any more. What fails is left to the next
     /// flush.
-    fn release(&mut self, image: &Inner, writer: &Writer) -> Result<()> {
+    pub(crate) fn release(&mut self, image: &Inner, writer: &Writer) -> Result<()> {
         // A journal's half that is still there may name them.
         while let Some(freed) = self.freed.pop_if(|_| self.rotated) {
             if let Err(error) = self.lower(image, freed) {

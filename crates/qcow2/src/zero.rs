@@ -66,7 +66,7 @@ impl Inner {
     }
 
     fn clear(self: &Arc<Self>, range: ByteRange, why: Why, waker: &Waker) -> Poll<Result<()>> {
-        let cleared = self.check_writable(range).map(|writer| self.clear_range(writer, range, why, waker));
+        let cleared = self.begin_writing(range).map(|writer| self.clear_range(writer, range, why, waker));
         match cleared {
             Ok(Ok(true)) => Poll::Ready(Ok(())),
             Ok(Ok(false)) => Poll::Pending,

@@ -133,6 +133,17 @@ impl Chain {
         }
     }
 
+    /// Brings all that was acknowledged onto stable storage, for good: nothing is written any more. The caller has the gate
+    /// closed and drained, or serves no front-end.
+    pub(crate) fn close(&self) -> Result<()> {
+        let top = self.top();
+        if let Some(top) = &top {
+            top.seal();
+        }
+        self.flush().run()?;
+        top.map_or(Ok(()), |top| top.close())
+    }
+
     /// Closes the images, for work on the chain itself. The caller has the gate closed and drained, and keeps it so
     /// until it has attached the chain again.
     pub(crate) fn detach(&self) {

@@ -183,10 +183,17 @@ impl Layer {
         }
     }
 
-    /// Syncs all of it to stable storage.
+    /// Syncs all of it to stable storage, and once it is sealed, saves what it carries besides.
     pub(crate) fn flush(&self) -> Result<()> {
         let what = || format!("flush {}", self.entry.path.display());
-        self.disk().flush().run().context(what)
+        self.disk().flush().run().context(what)?;
+        self.close()
+    }
+
+    /// Saves the dirty bitmaps of an image that is sealed and flushed.
+    pub(crate) fn close(&self) -> Result<()> {
+        let image = self.image().filter(|image| image.read_only());
+        image.map_or(Ok(()), |image| image.close()).context(|| format!("close {}", self.entry.path.display()))
     }
 
     /// Lets QEMU's tools read the image, now that it is sealed and flushed.

@@ -351,7 +351,7 @@ impl Manager {
     pub fn shut_down(&self) -> Result<()> {
         let ended = self.end_changes();
         let writable = self.disks.values().filter(|disk| !disk.chain.read_only());
-        let flushed = writable.map(|disk| disk.chain.flush().run()).fold(Ok(()), Result::and);
+        let flushed = writable.map(|disk| disk.chain.close()).fold(Ok(()), Result::and);
         flushed.and(self.finish_seals(self.disks.values())).and(ended)
     }
 
@@ -484,8 +484,10 @@ impl Manager {
         }
         closed.iter().try_for_each(|closed| closed.drain(Instant::now() + MAINTENANCE_DRAIN))?;
         disks.iter().try_for_each(|disk| disk.chain.flush().run())?;
+        // From here on they have to be opened again, whatever happens.
+        let closed = disks.iter().try_for_each(|disk| disk.chain.close());
         disks.iter().for_each(|disk| disk.chain.detach());
-        let worked = work(&self.store);
+        let worked = closed.and_then(|()| work(&self.store));
         let attach = |disk: &&Served| {
             let story = || format!("disk {} stays closed: restart the daemon", disk.chain.id());
             let layers = open_layers(&self.store, disk.chain.id(), disk.how, disk.chain.read_only());

@@ -215,7 +215,9 @@ impl Store {
     /// Does the SEAL that a killed process could not: what it acknowledged goes from the journal into the image.
     fn recover(&self, id: &str, entry: &LayerEntry, beneath: Beneath<'_>) -> Result<()> {
         let access = Access::Write { journals: &self.journals };
-        Layer::open(id, entry, beneath, Opening::OFFLINE, access)?.flush()?;
+        let layer = Layer::open(id, entry, beneath, Opening::OFFLINE, access)?;
+        layer.seal();
+        layer.flush()?;
         self.journals.remove(id, entry.number)
     }
 
