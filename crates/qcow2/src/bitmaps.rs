@@ -125,15 +125,15 @@ impl Bitmaps {
         let positions: Vec<u64> =
             grows.iter().map(|index| state.directory.entries[*index].position).collect();
         state.outgrown.extend(grows);
-        state.set_in_use(storage, |entry| positions.contains(&entry.position))?;
-        state.header.capacity = capacity;
-        Ok(())
+        state.set_in_use(storage, |entry| positions.contains(&entry.position))
     }
 
-    /// Saves all bitmaps: nothing is written to the disk any more. What it needs it takes from `room`. After an error the
-    /// bitmaps stay in use; it may be tried again.
-    pub(crate) fn store(&self, storage: &dyn Storage, room: &mut dyn Room) -> Result<()> {
-        self.state().store(storage, room, &self.tracked).context(|| "save the dirty bitmaps")
+    /// Saves all bitmaps of a disk of `capacity`: nothing is written to it any more. What it needs it takes from `room`.
+    /// After an error the bitmaps stay in use; it may be tried again.
+    pub(crate) fn store(&self, storage: &dyn Storage, capacity: u64, room: &mut dyn Room) -> Result<()> {
+        let mut state = self.state();
+        state.header.capacity = capacity;
+        state.store(storage, room, &self.tracked).context(|| "save the dirty bitmaps")
     }
 }
 

@@ -20,7 +20,11 @@ impl Image {
         }
         writer.check_latch()?;
         writer.with_work(|work| {
-            bitmaps.store(&*self.0.storage, &mut Clusters { image: &self.0, writer, work })?;
+            bitmaps.store(
+                &*self.0.storage,
+                self.0.capacity(),
+                &mut Clusters { image: &self.0, writer, work },
+            )?;
             work.release(&self.0, writer)
         })
     }

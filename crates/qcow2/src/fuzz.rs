@@ -102,8 +102,6 @@ pub fn extensions(data: &[u8]) {
             assert!(used <= data.len());
             for (kind, body) in &plain {
                 assert_eq!(found.get(*kind), Some(&**body));
-                let at = found.position(*kind).unwrap();
-                assert_eq!(&data[at..at + body.len()], &**body);
             }
             let mut encoded = Vec::new();
             found.encode(&mut encoded);

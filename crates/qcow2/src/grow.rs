@@ -71,7 +71,8 @@ impl Inner {
         }
         writer.with_work(|work| self.make_room(writer, work, new))?;
         if let Some(bitmaps) = &writer.bitmaps {
-            bitmaps.grow(&*self.storage, capacity)?;
+            let grown = bitmaps.grow(&*self.storage, capacity);
+            grown.inspect_err(|error| writer.latch_if(error.kind() == ErrorKind::Io))?;
         }
         self.hide_below(writer, old, capacity)?;
         writer.with_work(|work| {
@@ -114,6 +115,7 @@ impl Inner {
             self.sync(writer)?;
             work.linked();
         }
+        work.refcounts.settle();
         Ok(())
     }
 

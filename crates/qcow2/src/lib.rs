@@ -50,7 +50,6 @@ mod compressed;
 mod create;
 mod entry;
 mod epoch;
-#[allow(dead_code, reason = "the engine is about to use it")]
 mod extensions;
 mod flush;
 #[cfg(any(test, feature = "fuzzing"))]

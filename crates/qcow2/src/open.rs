@@ -115,14 +115,6 @@ fn open_writable(
         metadata.add(table.at, clusters(u64::from(table.entries) * 8))?;
     }
     let bitmaps = Bitmaps::open(&*storage, header, |at, count| metadata.add(at, count))?;
-    fill_up(&parts, header, geometry)?;
-    let kept = header.kept_autoclear();
-    if header.autoclear != kept {
-        // "Software that does not know the meaning of such a bit clears it when it writes": what the bits vouch for
-        // would not know of our writes. It must not be vouched for after a power loss either.
-        header_update::write_autoclear(&*storage, kept)?;
-        storage.sync()?;
-    }
     let limit = Refcounts::limit(geometry, header.refcount_width());
     let core = Core {
         claims: Claims::default(),
@@ -145,26 +137,34 @@ fn open_writable(
     };
     let image = assemble(parts, header, geometry, u64::MAX, Some(writer))?;
     image.0.add_tables()?;
-    image.0.recover().context(|| "finish what the journal holds")?;
-    if let Some(bitmaps) = image.0.writer.as_ref().and_then(|writer| writer.bitmaps.as_ref()) {
-        bitmaps.begin(&*image.0.storage)?;
-    }
+    let left = image.0.replay_journal().context(|| "read what the journal holds")?;
+    // Nothing was written so far: an image that fails a check stays as it is.
+    image.0.make_writable(header)?;
+    image.0.finish_journal(left).context(|| "finish what the journal holds")?;
     Ok(image)
 }
 
-/// QEMU may leave the last cluster of a file short. From now on files are as long as their clusters.
-fn fill_up(parts: &Parts, header: &Header, geometry: Geometry) -> Result<()> {
-    let len = parts.storage.len()?;
-    if !geometry.is_aligned(len) {
-        parts.storage.set_len(len.next_multiple_of(geometry.cluster_size()))?;
-    }
-    match &parts.data_file {
-        Some(data) if data.len()? < header.capacity => data.set_len(header.capacity),
-        _ => Ok(()),
-    }
-}
-
 impl Inner {
+    /// Writes what an image that is being written has to say of itself.
+    fn make_writable(&self, header: &Header) -> Result<()> {
+        // QEMU may leave the last cluster of a file short. From now on files are as long as their clusters.
+        let len = self.storage.len()?;
+        if !self.geometry.is_aligned(len) {
+            self.storage.set_len(len.next_multiple_of(self.geometry.cluster_size()))?;
+        }
+        if self.geometry.external && self.data.len()? < header.capacity {
+            self.data.set_len(header.capacity)?;
+        }
+        if header.autoclear != header.kept_autoclear() {
+            // "May only write to an image with unknown auto-clear features if it clears the respective bits": what they
+            // vouch for would not know of our writes. It must not be vouched for after a power loss either.
+            header_update::write_autoclear(&*self.storage, header.kept_autoclear())?;
+            self.storage.sync()?;
+        }
+        let bitmaps = self.writer.as_ref().and_then(|writer| writer.bitmaps.as_ref());
+        bitmaps.map_or(Ok(()), |bitmaps| bitmaps.begin(&*self.storage))
+    }
+
     /// Tells the set of metadata of the L2 tables.
     fn add_tables(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };

@@ -12,21 +12,24 @@ use crate::journal::Record;
 use crate::publish::Step;
 
 impl Inner {
-    /// Applies the journal to the entries in RAM, and flushes them.
-    pub(crate) fn recover(self: &Arc<Self>) -> Result<()> {
+    /// Applies the journal to the entries in RAM. Whether there was anything in it that has to go into the file.
+    pub(crate) fn replay_journal(&self) -> Result<bool> {
+        let Some(writer) = &self.writer else { return Ok(false) };
+        let mut core = writer.core();
+        // Only the last one of a cluster counts. A flush that was cut short may have written any of them into the
+        // tables, so those before it say nothing of what is to be counted less.
+        let mut last = BTreeMap::new();
+        core.journal.replay(|Record { cluster, entry }| {
+            last.insert(cluster, entry);
+            Ok(())
+        })?;
+        last.into_iter().try_for_each(|(cluster, new)| self.replay(&mut core, cluster, new))?;
+        Ok(!core.dirty.is_empty())
+    }
+
+    /// Flushes what was replayed, if anything is `left`, and empties the journal.
+    pub(crate) fn finish_journal(self: &Arc<Self>, left: bool) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
-        let left = {
-            let mut core = writer.core();
-            // Only the last one of a cluster counts. A flush that was cut short may have written any of them into the
-            // tables, so those before it say nothing of what is to be counted less.
-            let mut last = BTreeMap::new();
-            core.journal.replay(|Record { cluster, entry }| {
-                last.insert(cluster, entry);
-                Ok(())
-            })?;
-            last.into_iter().try_for_each(|(cluster, new)| self.replay(&mut core, cluster, new))?;
-            !core.dirty.is_empty()
-        };
         if left {
             let flush = || {
                 let mut flush: Box<dyn Flush> = Box::new(ImageFlush::new(Arc::clone(self)));

@@ -18,7 +18,7 @@ pub(crate) fn qemu(folder: &Path, program: &str, arguments: &[&str]) -> (String,
 /// A file whose writes and syncs fail from some step on: where power will be lost.
 #[derive(Debug)]
 pub(crate) struct Stops {
-    inner: Arc<CrashStorage>,
+    pub(crate) inner: Arc<CrashStorage>,
     left: AtomicU64,
 }
 
@@ -26,6 +26,11 @@ impl Stops {
     /// Fails after `steps`.
     pub(crate) fn new(inner: Arc<CrashStorage>, steps: u64) -> Self {
         Self { inner, left: AtomicU64::new(steps) }
+    }
+
+    /// How many steps it will still take.
+    pub(crate) fn left(&self) -> u64 {
+        self.left.load(Ordering::Relaxed)
     }
 
     fn step(&self) -> Result<()> {

@@ -104,14 +104,11 @@ impl State {
             (entry.table_entries, entry.flags) = (table.len() as u32, entry.flags & !IN_USE);
             write_length_and_flags(storage, entry)?;
         }
-        room.settle()?;
-        self.outgrown.clear();
-        if self.freed.is_empty() {
-            return Ok(());
-        }
+        // Nothing on stable storage names these since the last time.
         for (at, count) in self.freed.drain(..) {
             room.give_back(at, count)?;
         }
+        self.outgrown.clear();
         room.settle()
     }
 }

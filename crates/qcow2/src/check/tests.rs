@@ -173,21 +173,30 @@ fn stale_refcounts_are_repaired() {
     }
 }
 
+/// An image whose refcount table names only its first block, as if the others had never been written; and whose table is
+/// too small for them, if that is asked for.
+fn without_blocks(folder: &Path, small_table: bool) -> (Vec<u8>, Vec<u8>) {
+    // A cluster of the table names blocks for 2 MiB.
+    let write = if small_table { "write -P 7 0 2100k" } else { "write -P 7 0 200k" };
+    let (mut image, expected) = killed(folder, LAZY[1].0, &[write]);
+    let header = header_of(&image);
+    let (table, len) = (header.refcount_table.0 as usize, header.refcount_table_clusters as usize * 512);
+    image[table + 8..table + len].fill(0);
+    if small_table {
+        image[56..60].copy_from_slice(&1_u32.to_be_bytes());
+    }
+    (image, expected)
+}
+
 #[test]
 fn a_refcount_table_that_is_too_small_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
-    let (image, expected) = killed(folder.path(), LAZY[1].0, &["write -P 7 0 4M"]);
-    let mut header = header_of(&image);
-    // As if the table had been of one cluster, and all blocks but the first had never been written.
-    let table = header.refcount_table.0 as usize;
-    let mut bytes = image;
-    bytes[table + 8..table + 512].fill(0);
-    header.refcount_table_clusters = 1;
-    bytes[56..60].copy_from_slice(&1_u32.to_be_bytes());
+    let (image, expected) = without_blocks(folder.path(), true);
+    let header = header_of(&image);
     for budget in [1, 100] {
-        let storage = MemStorage::from(bytes.clone());
+        let storage = MemStorage::from(image.clone());
         recount(&storage, &header, budget).unwrap();
-        let after = Header::read(&storage).unwrap();
+        let after = header_of(&storage.bytes());
         assert!(after.refcount_table_clusters > 1 && after.refcount_table != header.refcount_table);
         assert_eq!(check(&storage).unwrap(), Report::default());
         assert_whole(folder.path(), &storage.bytes(), &expected, "a new table");
@@ -197,19 +206,33 @@ fn a_refcount_table_that_is_too_small_is_replaced() {
 #[test]
 fn a_repair_that_power_is_lost_in_is_repaired_again() {
     let folder = tempfile::tempdir().unwrap();
-    let (image, expected) = killed(folder.path(), LAZY[1].0, LAZY[1].1);
-    let mut finished = false;
-    let mut seed = 1_u64;
-    for steps in 0.. {
+    lose_power_in_repair(folder.path(), &killed(folder.path(), LAZY[1].0, LAZY[1].1));
+    for small_table in [false, true] {
+        lose_power_in_repair(folder.path(), &without_blocks(folder.path(), small_table));
+    }
+}
+
+/// Stops a repair after some of its steps, the last ones above all, and looks at what a loss of power then leaves.
+fn lose_power_in_repair(folder: &Path, (image, expected): &(Vec<u8>, Vec<u8>)) {
+    let header = header_of(image);
+    let start = |steps| {
         let inner = Arc::new(CrashStorage::new());
-        inner.write_at(&image, 0).unwrap();
+        inner.write_at(image, 0).unwrap();
         inner.sync().unwrap();
-        let storage = testing::Stops::new(inner.clone(), steps * 3);
-        let done = repair(&storage, &header_of(&image)).is_ok();
-        for keep in 0..3 {
-            let left = inner.after_power_loss(|| {
+        testing::Stops::new(inner, steps)
+    };
+    let whole = start(u64::MAX);
+    repair(&whole, &header).unwrap();
+    assert_whole(folder, &whole.inner.after_power_loss(|| false).bytes(), expected, "done and durable");
+    let total = u64::MAX - whole.left();
+    let mut seed = 1_u64;
+    for steps in (0..total).filter(|steps| steps % 32 == 0 || steps + 16 > total) {
+        let storage = start(steps);
+        repair(&storage, &header).unwrap_err();
+        for keep in 0..24 {
+            let left = storage.inner.after_power_loss(|| {
                 seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                keep == 1 || keep == 2 && seed >> 60 & 1 == 1
+                keep == 1 || (keep > 1 && seed >> 60 & 1 == 1)
             });
             let header = Header::read(&left).unwrap();
             // The bit says the truth: without it all is right.
@@ -217,14 +240,6 @@ fn a_repair_that_power_is_lost_in_is_repaired_again() {
                 repair(&left, &header).unwrap();
             }
             assert_eq!(check(&left).unwrap(), Report::default(), "{steps} {keep}");
-            if steps % 8 == 0 {
-                assert_whole(folder.path(), &left.bytes(), &expected, "after a loss of power");
-            }
-        }
-        if done {
-            finished = true;
-            break;
         }
     }
-    assert!(finished);
 }
