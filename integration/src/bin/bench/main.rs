@@ -1,7 +1,8 @@
-//! Figures: the hit path against qemu-storage-daemon, how long a cut holds requests, how long a guest stands frozen.
+//! Figures: the hit path against qemu-storage-daemon, what long chains cost, how long a cut holds requests, how long a
+//! guest stands frozen.
 //!
 //! ```text
-//! bench [--json FILE] [--only hits|cuts|frozen]
+//! bench [--json FILE] [--only hits|chains|cuts|frozen]
 //! ```
 //! Everything that is compared is measured in turns, so that what else the machine does meets both. Files are in
 //! memory (`/dev/shm`) if there is room: the cost of the servers, not that of a disk.
@@ -13,6 +14,7 @@ use comfy_table::{Table, presets::NOTHING};
 use frazil_integration::{Context, Error, Result};
 use serde_json::{Map, Value};
 
+mod chains;
 mod cuts;
 mod frozen;
 mod hits;
@@ -48,8 +50,12 @@ fn bench() -> Result<()> {
             _ => return Err(Error::new(format!("unknown option {word}"))),
         }
     }
-    let parts: [(&str, Part); 3] =
-        [("hits", hits::measure), ("cuts", cuts::measure), ("frozen", frozen::measure)];
+    let parts: [(&str, Part); 4] = [
+        ("hits", hits::measure),
+        ("chains", chains::measure),
+        ("cuts", cuts::measure),
+        ("frozen", frozen::measure),
+    ];
     let (folder, mut all) = (folder(), Map::new());
     for (name, measure) in parts {
         if only.as_deref().is_none_or(|only| only == name) {

@@ -22,12 +22,15 @@ pub(crate) enum Image<'a> {
     Raw,
     /// A new overlay on the raw image, with these options of `qemu-img create`.
     Overlay(&'a str),
+    /// These images, the raw base first, each over the one before it; for reading only.
+    Chain(&'a [PathBuf]),
 }
 
 /// A running qemu-storage-daemon that serves one image. It is killed when it is dropped.
 pub(crate) struct Peer {
     process: Process,
     socket: PathBuf,
+    opened: Duration,
 }
 
 impl Settings {
@@ -94,19 +97,42 @@ impl Peer {
                 add("--blockdev", file("file", &overlay, ""));
                 add("--blockdev", "driver=qcow2,node-name=disk,file=file,backing=base".to_owned());
             }
+            Image::Chain(images) => {
+                for (index, path) in images.iter().enumerate() {
+                    let node =
+                        if index + 1 == images.len() { "disk".to_owned() } else { format!("node-{index}") };
+                    let how = match index.checked_sub(1) {
+                        None => "driver=raw".to_owned(),
+                        Some(beneath) => format!("driver=qcow2,backing=node-{beneath}"),
+                    };
+                    add("--blockdev", file(&format!("file-{index}"), path, ",read-only=on"));
+                    add("--blockdev", format!("{how},node-name={node},file=file-{index},read-only=on"));
+                }
+            }
         }
+        let writable = if let Image::Chain(_) = image { "off" } else { "on" };
         if settings.iothread {
             add("--object", "iothread,id=worker".to_owned());
         }
         let worker = if settings.iothread { ",iothread=worker" } else { "" };
-        let (kind, at) = ("type=vhost-user-blk,id=export,node-name=disk,writable=on", socket.display());
-        add("--export", format!("{kind},addr.type=unix,addr.path={at}{worker}"));
+        let (kind, at) = ("type=vhost-user-blk,id=export,node-name=disk", socket.display());
+        add("--export", format!("{kind},writable={writable},addr.type=unix,addr.path={at}{worker}"));
+        let begun = Instant::now();
         let mut process = Process::spawn(Path::new("qemu-storage-daemon"), words, log)?;
         eventually("qemu-storage-daemon's socket", Duration::from_secs(10), || {
             process.check_alive()?;
             Ok(socket.exists().then_some(()))
         })?;
-        Ok(Self { process, socket })
+        Ok(Self { process, socket, opened: begun.elapsed() })
+    }
+
+    /// How long it took until it could be connected to, to some 20 ms.
+    pub(crate) fn opened(&self) -> Duration {
+        self.opened
+    }
+
+    pub(crate) fn process(&self) -> &Process {
+        &self.process
     }
 
     pub(crate) fn run(&self, load: Load, go_on: impl FnMut() -> bool) -> Result<Measured> {
