@@ -13,7 +13,7 @@ impl Layer for Image {
         self.0.check(range)?;
         match range.len {
             0 => Err(Error::new(ErrorKind::InvalidInput, "an empty range has no runs")),
-            _ => self.0.run_at(range).map(|found| Run {
+            _ => self.0.run_at(range).map(|found| self.0.within_file(found)).map(|found| Run {
                 range: ByteRange { offset: range.offset, len: found.len },
                 place: found.place,
             }),
@@ -40,12 +40,12 @@ impl Inner {
         let epoch = self.epochs.now();
         let mut rest = range;
         while rest.len > 0 {
-            let found = self.run_at(rest)?;
+            let found = self.within_file(self.run_at(rest)?);
             let run = ByteRange { offset: rest.offset, len: found.len };
             match found.place {
                 Place::Absent => self.resolve_below(run, out)?,
                 Place::Zero => out.push(Extent { len: run.len, source: Source::Zero }),
-                Place::Data(offset) => self.push_data(&epoch, offset, run.len, out),
+                Place::Data(offset) => out.push(data_extent(&epoch, offset, run.len)),
                 Place::Packed => self.resolve_packed(run, out)?,
             }
             rest = after(rest, run.len);
@@ -122,14 +122,13 @@ impl Inner {
         end.saturating_mul(self.geometry.cluster_size())
     }
 
-    fn push_data(&self, epoch: &Arc<Epoch>, offset: u64, len: u64, out: &mut Vec<Extent>) {
-        // QEMU may leave the last cluster of a file shorter than it is; what is missing reads as zeroes.
-        let there = self.readable.saturating_sub(offset).min(len);
-        if there > 0 {
-            out.push(data_extent(epoch, offset, there));
-        }
-        if there < len {
-            out.push(Extent { len: len - there, source: Source::Zero });
+    /// What is left of a run at its start once the end of the file is looked at. QEMU may leave the last cluster of a file
+    /// shorter than it is; what is missing reads as zeroes.
+    fn within_file(&self, found: Found) -> Found {
+        match found.place {
+            Place::Data(offset) if offset >= self.readable => Found { place: Place::Zero, ..found },
+            Place::Data(offset) => Found { len: found.len.min(self.readable - offset), ..found },
+            _ => found,
         }
     }
 

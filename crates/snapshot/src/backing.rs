@@ -14,8 +14,10 @@ use block::{Context, Error, ErrorKind, Layer, RawDisk, Result, Stack, Storage};
 use hostio::{Cache, HostFile, Open};
 use qcow2::{Header, Image, Mode, Parts};
 
-/// How many images deep the base image that the user gave may be. Each is a file that is open, or two.
-const MAX_DEPTH: usize = 1024;
+use crate::layer::FROZEN_TABLE_BYTES;
+
+/// How many files a base image may lead to: backing files, theirs, and data files.
+const MAX_FILES: usize = 1024;
 
 /// Below which folders the files may lie that images name.
 #[derive(Clone, Debug, Default)]
@@ -104,8 +106,8 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Opens, for reading, the file that the image `by` means by `name`.
-    fn open(&mut self, by: &Path, name: &str) -> Result<(PathBuf, Arc<HostFile>)> {
+    /// Opens the file that the image `by` means by `name`.
+    fn open(&mut self, by: &Path, name: &str, writable: bool) -> Result<(PathBuf, Arc<HostFile>)> {
         let place = self.folders.find(by, name)?;
         if self.seen.contains(&place.identity) {
             return Err(Error::new(
@@ -113,15 +115,40 @@ impl Search<'_> {
                 "it is a loop: the file is part of the chain already",
             ));
         }
-        if self.seen.len() > MAX_DEPTH {
-            let story = format!("the chain is longer than {MAX_DEPTH} images");
+        if self.seen.len() > MAX_FILES {
+            let story = format!("the chain has more than {MAX_FILES} files");
             return Err(Error::new(ErrorKind::Unsupported, story));
         }
         self.seen.push(place.identity);
-        let file = HostFile::open(&place.path, Open { writable: false, cache: self.cache })?;
+        let file = HostFile::open(&place.path, Open { writable, cache: self.cache })?;
         // Somebody may have put another one there since it was judged.
         self.folders.check(by, &file.real_path()?)?;
         Ok((place.path, Arc::new(file)))
+    }
+
+    /// Opens the backing file that the header of the image `by` names, if it names one.
+    fn backing_file(
+        &mut self,
+        by: &Path,
+        header: &Header,
+    ) -> Result<Option<(PathBuf, Arc<HostFile>, Format)>> {
+        let Some(name) = &header.backing_file else { return Ok(None) };
+        let story = || format!("{}: its backing file '{name}'", by.display());
+        let format = format_of(header.backing_format.as_deref()).context(story)?;
+        let (path, file) = self.open(by, name, false).context(story)?;
+        Ok(Some((path, file, format)))
+    }
+
+    /// Opens the external data file that the header of the image `by` names, if it has one.
+    fn data_file(&mut self, by: &Path, header: &Header, writable: bool) -> Result<Option<Arc<HostFile>>> {
+        if !header.has_data_file {
+            return Ok(None);
+        }
+        let nameless = || format!("{}: its header does not name its data file", by.display());
+        let name = header.data_file.as_ref().ok_or_else(|| Error::new(ErrorKind::Corrupt, nameless()))?;
+        let opened = self.open(by, name, writable);
+        let (_, file) = opened.context(|| format!("{}: its data file '{name}'", by.display()))?;
+        Ok(Some(file))
     }
 }
 
@@ -131,52 +158,72 @@ enum Format {
     Qcow2,
 }
 
-/// Opens the images beneath the base image `base`, which is open as `storage`, as their headers name them. The lowest
-/// comes first.
-pub(crate) fn open_own(
+/// The files that a base image names, open.
+pub(crate) struct Named {
+    /// The images beneath it, the lowest first.
+    pub(crate) layers: Vec<Arc<dyn Layer>>,
+    /// The file that has its data, if that is not the image itself.
+    pub(crate) data_file: Option<Arc<HostFile>>,
+}
+
+/// An image that was found beneath the base.
+struct Found {
+    path: PathBuf,
+    file: Arc<HostFile>,
+    format: Format,
+    data_file: Option<Arc<HostFile>>,
+}
+
+/// Opens what the header of the qcow2 base image `base`, which is open as `storage`, names, and what the images beneath it
+/// name; for reading all but the base's own data file, which is opened as the base was.
+pub(crate) fn open_named(
     base: &Path,
     storage: &dyn Storage,
     folders: &AllowedFolders,
-    cache: Cache,
-) -> Result<Vec<Arc<dyn Layer>>> {
+    how: Open,
+) -> Result<Named> {
     let metadata = base.metadata().context(|| format!("open {}", base.display()))?;
-    let mut search = Search { folders, cache, seen: vec![(metadata.dev(), metadata.ino())] };
-    let mut files = Vec::new();
-    let mut next = named(base, storage, &mut search)?;
-    while let Some((path, file, format)) = next {
-        next = match format {
-            Format::Raw => None,
-            Format::Qcow2 => named(&path, &*file, &mut search)?,
-        };
-        files.push((path, file, format));
+    let mut search = Search { folders, cache: how.cache, seen: vec![(metadata.dev(), metadata.ino())] };
+    let header = header_of(base, storage)?;
+    let data_file = search.data_file(base, &header, how.writable)?;
+    let mut chain = Vec::new();
+    let mut next = search.backing_file(base, &header)?;
+    while let Some((path, file, format)) = next.take() {
+        let mut data_file = None;
+        if let Format::Qcow2 = format {
+            let header = header_of(&path, &*file)?;
+            data_file = search.data_file(&path, &header, false)?;
+            next = search.backing_file(&path, &header)?;
+        }
+        chain.push(Found { path, file, format, data_file });
     }
+    Ok(Named { layers: open_chain(chain)?, data_file })
+}
+
+fn header_of(image: &Path, storage: &dyn Storage) -> Result<Header> {
+    Header::read(storage).context(|| format!("open {}", image.display()))
+}
+
+/// Opens the images, the lowest of which comes last, each over those beneath it.
+fn open_chain(chain: Vec<Found>) -> Result<Vec<Arc<dyn Layer>>> {
     let mut stack = Stack::new(Vec::new(), 0);
-    for (path, file, format) in files.into_iter().rev() {
-        let what = || format!("open {}", path.display());
+    for Found { path, file, format, data_file } in chain.into_iter().rev() {
         let layer: Arc<dyn Layer> = match format {
             Format::Raw => Arc::new(RawDisk::new(file, true)?),
             Format::Qcow2 => {
-                let beneath = Arc::new(Stack::new(stack.layers(), 0));
-                Arc::new(Image::open(Parts::new(file, Some(beneath)), Mode::ReadOnly).context(what)?)
+                let parts = Parts {
+                    storage: file,
+                    data_file: data_file.map(|file| file as _),
+                    backing: Some(Arc::new(Stack::new(stack.layers(), 0))),
+                    cache_bytes: FROZEN_TABLE_BYTES,
+                };
+                let image = Image::open(parts, Mode::ReadOnly);
+                Arc::new(image.context(|| format!("open {}", path.display()))?)
             }
         };
         stack = stack.with_layer(layer);
     }
     Ok(stack.layers())
-}
-
-/// Opens the backing file that the header of the image `by` names, if it names one.
-fn named(
-    by: &Path,
-    storage: &dyn Storage,
-    search: &mut Search<'_>,
-) -> Result<Option<(PathBuf, Arc<HostFile>, Format)>> {
-    let header = Header::read(storage).context(|| format!("open {}", by.display()))?;
-    let Some(name) = header.backing_file else { return Ok(None) };
-    let story = || format!("{}: its backing file '{name}'", by.display());
-    let format = format_of(header.backing_format.as_deref()).context(story)?;
-    let (path, file) = search.open(by, &name).context(story)?;
-    Ok(Some((path, file, format)))
 }
 
 fn format_of(stated: Option<&str>) -> Result<Format> {

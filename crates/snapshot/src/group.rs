@@ -138,6 +138,7 @@ pub(crate) fn seal(store: &Store, chain: &Chain) -> Result<()> {
     let Some(layer) = chain.sealing() else { return Ok(()) };
     layer.flush()?;
     store.layer_sealed(chain.id(), &layer)?;
+    layer.settle(chain.id());
     chain.sealed(&layer);
     Ok(())
 }

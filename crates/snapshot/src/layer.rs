@@ -11,6 +11,7 @@ use block::{
 };
 use hostio::{Cache, HostFile};
 use qcow2::{Image, Journal, Mode, Parts};
+use tracing::warn;
 
 use crate::backing::{self, AllowedFolders};
 use crate::manifest::LayerEntry;
@@ -19,6 +20,13 @@ use crate::model::ImageFormat;
 /// So many changes of an image's tables may wait for a guest's flush, before they are written out without one: the
 /// bound of the journal's size and of the time to replay it. A guest that flushes never gets there.
 pub(crate) const MAX_PENDING: usize = 16 * 1024;
+
+/// Bytes of its tables that a layer beneath the active one keeps in memory: what is found in it is in the stack's map,
+/// and there may be many layers.
+pub(crate) const FROZEN_TABLE_BYTES: u64 = 16 << 10;
+
+/// The same of a layer that a job writes to.
+const JOB_TABLE_BYTES: u64 = 1 << 20;
 
 /// What a disk's metadata cache is where nobody says otherwise, in bytes.
 pub const DEFAULT_METADATA_CACHE: u64 = 64 << 20;
@@ -36,9 +44,14 @@ impl Opening {
     /// For work on a chain that is not served.
     pub(crate) const OFFLINE: Self = Self { cache: Cache::Writeback, metadata_cache: DEFAULT_METADATA_CACHE };
 
-    /// The share of the stack's map; the rest is for the images' own tables.
+    /// The share of the stack's map.
     pub(crate) fn map_bytes(self) -> u64 {
         self.metadata_cache / 2
+    }
+
+    /// The share of the active image's own tables.
+    fn table_bytes(self) -> u64 {
+        self.metadata_cache - self.map_bytes()
     }
 }
 
@@ -60,8 +73,16 @@ pub(crate) struct Layer {
 /// An image that is open.
 #[derive(Debug)]
 struct Open {
-    file: Arc<HostFile>,
+    files: Files,
     content: Content,
+}
+
+/// The files of an image.
+#[derive(Clone, Debug)]
+struct Files {
+    image: Arc<HostFile>,
+    /// Where its data is, if that is not in the image.
+    data: Option<Arc<HostFile>>,
 }
 
 #[derive(Debug)]
@@ -106,18 +127,21 @@ impl Layer {
         access: Access<'_>,
     ) -> Result<Self> {
         let writable = !matches!(access, Access::Read);
-        let file = Arc::new(HostFile::open(&entry.path, hostio::Open { writable, cache: how.cache })?);
-        let beneath = match beneath {
-            Beneath::Layers(stack) => stack,
-            Beneath::Named(folders) => {
-                let own = match entry.format {
-                    ImageFormat::Raw => Vec::new(),
-                    ImageFormat::Qcow2 => backing::open_own(&entry.path, &*file, folders, how.cache)?,
-                };
-                Arc::new(Stack::new(own, how.map_bytes()))
+        let open_how = hostio::Open { writable, cache: how.cache };
+        let file = Arc::new(HostFile::open(&entry.path, open_how)?);
+        let (beneath, data_file) = match (beneath, entry.format) {
+            (Beneath::Layers(stack), _) => (stack, None),
+            (Beneath::Named(_), ImageFormat::Raw) => {
+                (Arc::new(Stack::new(Vec::new(), how.map_bytes())), None)
+            }
+            (Beneath::Named(folders), ImageFormat::Qcow2) => {
+                let named = backing::open_named(&entry.path, &*file, folders, open_how)?;
+                (Arc::new(Stack::new(named.layers, how.map_bytes())), named.data_file)
             }
         };
-        let open = Open::new(id, entry, file, Arc::clone(&beneath), access)?;
+        let table_bytes = if writable { how.table_bytes() } else { FROZEN_TABLE_BYTES };
+        let files = Files { image: file, data: data_file };
+        let open = Open::new(id, entry, files, Arc::clone(&beneath), table_bytes, access)?;
         Ok(Self { entry: entry.clone(), open: ArcSwap::from_pointee(open), beneath })
     }
 
@@ -152,8 +176,12 @@ impl Layer {
         if !self.disk().read_only() {
             return Ok(());
         }
-        let file = Arc::new(self.storage().reopen_for_writing()?);
-        let open = Open::new(id, &self.entry, file, Arc::clone(&self.beneath), access)?;
+        let reopen = |file: &HostFile| file.reopen_for_writing().map(Arc::new);
+        let files = self.open.load().files.clone();
+        let files =
+            Files { image: reopen(&files.image)?, data: files.data.as_deref().map(reopen).transpose()? };
+        let beneath = Arc::clone(&self.beneath);
+        let open = Open::new(id, &self.entry, files, beneath, JOB_TABLE_BYTES, access)?;
         if open.disk().capacity() != self.disk().capacity() {
             let story = format!("{} has been resized by somebody", self.entry.path.display());
             return Err(Error::new(ErrorKind::Unsupported, story));
@@ -183,6 +211,22 @@ impl Layer {
         }
     }
 
+    /// Lets go of what only a writer needs, once the image is sealed and flushed: it is opened again, for reading. Where
+    /// that fails it stays open as it is, which only costs memory.
+    pub(crate) fn settle(&self, id: &str) {
+        let sealed = self.open.load_full();
+        if !sealed.disk().read_only() {
+            // A job has begun to write to it.
+            return;
+        }
+        let (files, beneath) = (sealed.files.clone(), Arc::clone(&self.beneath));
+        match Open::new(id, &self.entry, files, beneath, FROZEN_TABLE_BYTES, Access::Read) {
+            // Unless one has begun meanwhile.
+            Ok(open) => drop(self.open.compare_and_swap(&sealed, Arc::new(open))),
+            Err(error) => warn!(%error, "a layer that is sealed stays open for writing"),
+        }
+    }
+
     /// Syncs all of it to stable storage, and once it is sealed, saves what it carries besides.
     pub(crate) fn flush(&self) -> Result<()> {
         let what = || format!("flush {}", self.entry.path.display());
@@ -198,7 +242,8 @@ impl Layer {
 
     /// Lets QEMU's tools read the image, now that it is sealed and flushed.
     pub(crate) fn share(&self) -> Result<()> {
-        self.storage().downgrade()
+        let files = self.open.load().files.clone();
+        files.data.map_or(Ok(()), |data| data.downgrade()).and(files.image.downgrade())
     }
 
     /// Changes of its tables that are not on stable storage yet.
@@ -208,7 +253,7 @@ impl Layer {
 
     /// Its host file, for its size and its holes.
     pub(crate) fn storage(&self) -> Arc<HostFile> {
-        Arc::clone(&self.open.load().file)
+        Arc::clone(&self.open.load().files.image)
     }
 }
 
@@ -216,14 +261,15 @@ impl Open {
     fn new(
         id: &str,
         entry: &LayerEntry,
-        file: Arc<HostFile>,
+        files: Files,
         beneath: Arc<Stack>,
+        table_bytes: u64,
         access: Access<'_>,
     ) -> Result<Self> {
         let content = match entry.format {
             ImageFormat::Raw => {
                 let read_only = matches!(access, Access::Read);
-                Content::Raw(Arc::new(RawDisk::new(Arc::clone(&file) as _, read_only)?))
+                Content::Raw(Arc::new(RawDisk::new(Arc::clone(&files.image) as _, read_only)?))
             }
             ImageFormat::Qcow2 => {
                 let mode = match access {
@@ -231,11 +277,17 @@ impl Open {
                     Access::Write { journals } => Mode::Writable(journals.open(id, entry.number)?),
                     Access::Job { journals } => Mode::Job(journals.open(id, entry.number)?),
                 };
-                let image = Image::open(Parts::new(Arc::clone(&file) as _, Some(beneath)), mode);
+                let parts = Parts {
+                    storage: Arc::clone(&files.image) as _,
+                    data_file: files.data.clone().map(|data| data as _),
+                    backing: Some(beneath),
+                    cache_bytes: table_bytes,
+                };
+                let image = Image::open(parts, mode);
                 Content::Qcow2(Arc::new(image.context(|| format!("open {}", entry.path.display()))?))
             }
         };
-        Ok(Self { file, content })
+        Ok(Self { files, content })
     }
 
     fn disk(&self) -> Arc<dyn Disk> {

@@ -349,3 +349,35 @@ fn a_block_device_is_a_base_whose_overlays_are_in_the_state_directory() {
         assert_eq!((byte(&manager, "vda", 0), overlay.exists()), (2, false));
     }
 }
+
+#[test]
+fn a_base_with_its_data_in_a_file_of_its_own_is_served() {
+    let bench = Bench::new(&[]);
+    let base = bench.path("base.qcow2");
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-o", "data_file=data.raw"])
+        .arg(&base)
+        .arg(SIZE.to_string())
+        .current_dir(bench.folder.path())
+        .status();
+    assert!(made.expect("qemu-img is needed: run `make deps`").success());
+    let bench = Bench { disks: vec![disk("vda", base.clone(), ImageFormat::Qcow2)], ..bench };
+    let manager = bench.open();
+    stamp(&manager, "vda", 0, 1);
+    snapshot(&manager, "one");
+    stamp(&manager, "vda", 8192, 2);
+    assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vda", 8192)), (1, 2));
+    assert_eq!(bench.export(&manager, "one", "vda")[0], 1);
+    manager.shut_down().unwrap();
+    drop(manager);
+    let data = std::fs::read(bench.path("data.raw")).unwrap();
+    assert_eq!((data[0], data[8192]), (1, 0));
+    // QEMU looks for a data file in its working directory, not beside the image.
+    let checked = Command::new("qemu-img")
+        .args(["check", "-q", "base.qcow2"])
+        .current_dir(bench.folder.path())
+        .status();
+    assert!(checked.unwrap().success());
+    let manager = bench.open();
+    assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vda", 8192)), (1, 2));
+}

@@ -42,7 +42,8 @@ impl Bench {
         let path = self.path(base);
         let file = HostFile::open(&path, Open { writable: false, cache: Cache::Writeback })?;
         let allowed: Vec<_> = allowed.iter().map(|name| self.path(name)).collect();
-        open_own(&path, &file, &AllowedFolders::new(&allowed)?, Cache::Writeback)
+        let how = Open { writable: false, cache: Cache::Writeback };
+        open_named(&path, &file, &AllowedFolders::new(&allowed)?, how).map(|named| named.layers)
     }
 
     /// The first byte of what is beneath the base.
@@ -59,7 +60,7 @@ impl Bench {
         let begun = Instant::now();
         let error = self.open(base, allowed).err().unwrap();
         assert!(begun.elapsed() < Duration::from_secs(1));
-        assert!(error.to_string().contains(": its backing file '"), "whose it is is not told: {error}");
+        assert!(error.to_string().contains(" file '"), "whose it is is not told: {error}");
         error
     }
 }
@@ -178,4 +179,41 @@ fn a_loop_is_found_by_whatever_name_it_is_closed() {
     assert!(error.to_string().contains("a loop"), "{error}");
     bench.qcow2("images/self.qcow2", "../images/self.qcow2", "qcow2");
     assert!(bench.refusal("images/self.qcow2", &[]).to_string().contains("a loop"));
+}
+
+fn qemu_img(words: &[&str]) {
+    let status = std::process::Command::new("qemu-img").args(words).status();
+    assert!(status.expect("qemu-img is needed: run `make deps`").success(), "{words:?}");
+}
+
+#[test]
+fn data_files_are_judged_as_backing_files_are() {
+    let bench = Bench::new();
+    let (image, data) = (bench.path("images/base.qcow2"), bench.path("elsewhere/data.raw"));
+    let options = format!("data_file={}", data.display());
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, image.to_str().unwrap(), "1M"]);
+    let named = |allowed: &[PathBuf], writable| {
+        let how = Open { writable, cache: Cache::Writeback };
+        let file = HostFile::open(&image, how)?;
+        open_named(&image, &file, &AllowedFolders::new(allowed)?, how).map(|named| named.data_file.is_some())
+    };
+    let error = named(&[], false).unwrap_err();
+    assert!(error.to_string().contains(": its data file '"), "{error}");
+    let both = [bench.path("images"), bench.path("elsewhere")];
+    assert!(named(&both, false).unwrap());
+    assert!(named(&both, true).unwrap());
+    // Beneath another image it is opened as well, and read.
+    bench.qcow2("images/top.qcow2", "base.qcow2", "qcow2");
+    assert_eq!(bench.byte("images/top.qcow2", &["images", "elsewhere"]), 0);
+    // Two images can not have their data in one file.
+    let path = bench.path("images/other.qcow2");
+    let beneath = format!(
+        "data_file={},data_file_raw=off,backing_file={},backing_fmt=qcow2",
+        data.display(),
+        image.display()
+    );
+    std::fs::rename(&data, bench.path("elsewhere/kept")).unwrap();
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &beneath, path.to_str().unwrap(), "1M"]);
+    let error = bench.refusal("images/other.qcow2", &["images", "elsewhere"]);
+    assert!(error.to_string().contains("a loop"), "{error}");
 }

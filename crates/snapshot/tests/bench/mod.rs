@@ -101,7 +101,8 @@ pub fn byte(manager: &Manager, id: &str, offset: u64) -> u8 {
 pub fn check(path: &Path) {
     let output = Command::new("qemu-img").args(["check", "-q"]).arg(path).output();
     let output = output.expect("qemu-img is needed: run `make deps`");
-    assert!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stdout));
+    let said = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&said));
 }
 
 /// Deletes a snapshot, and waits for it; the job's error if it fails.

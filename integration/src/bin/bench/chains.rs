@@ -37,10 +37,10 @@ pub(crate) fn measure(folder: &Path) -> Result<Tables> {
     Scratch::with_in(folder, "chains", |scratch| {
         let images = make_images(scratch)?;
         let settings = Settings::best(scratch, image(&images, 0)?)?;
-        let raw = Ours::start(scratch, image(&images, 0)?, "64M")?;
+        let raw = Ours::start(scratch, "raw", image(&images, 0)?, "64M")?;
         let mut rows = Rows { table: header(), figures: Vec::new() };
         for (depth, cache) in CHAINS {
-            let ours = Ours::start(scratch, image(&images, depth)?, cache)?;
+            let ours = Ours::start(scratch, &format!("{depth}-{cache}"), image(&images, depth)?, cache)?;
             let peer = match PEER_DEPTHS.contains(&depth) {
                 true => {
                     let chain = images.get(..=depth).unwrap_or_default();
@@ -101,8 +101,8 @@ struct Ours {
 }
 
 impl Ours {
-    fn start(scratch: &Scratch, image: &Path, cache: &str) -> Result<Self> {
-        let name = format!("{}-{cache}", image.file_stem().unwrap_or_default().display());
+    /// `name` is that of its state directory and its sockets.
+    fn start(scratch: &Scratch, name: &str, image: &Path, cache: &str) -> Result<Self> {
         let path = |what: &str| scratch.path(&format!("{name}.{what}"));
         let (state, control, socket, log) = (path("state"), path("control"), path("sock"), path("log"));
         let format = if image.extension().is_some_and(|end| end == "raw") { "raw" } else { "qcow2" };
