@@ -40,7 +40,9 @@ impl Inner {
             // Now nothing names what was freed, so it can be counted less.
             flush()?;
         }
-        writer.core().journal.clear()
+        writer.core().journal.clear()?;
+        // What others left free is used before the file grows.
+        writer.with_work(|work| work.scan(self, writer))
     }
 
     fn replay(&self, core: &mut Core, cluster: GuestCluster, new: Entry) -> Result<()> {

@@ -223,7 +223,7 @@ impl Work {
     }
 
     /// Looks for clusters that are free, if few are known.
-    fn scan(&self, image: &Inner, writer: &Writer) -> Result<()> {
+    pub(crate) fn scan(&self, image: &Inner, writer: &Writer) -> Result<()> {
         let Some(wanted) = writer.core().allocator.wants(SCAN) else { return Ok(()) };
         let (end, mut zeroes) = self.refcounts.zeroes(&*image.storage, wanted)?;
         let mut core = writer.core();
