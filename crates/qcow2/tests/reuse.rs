@@ -9,7 +9,7 @@ use std::task::{Poll, Waker};
 use std::thread;
 
 use block::testing::{CrashStorage, FaultStorage, MemStorage};
-use block::{ByteRange, Disk, Extent, RawDisk, Source, Storage, blocking, read_disk, write_disk};
+use block::{ByteRange, Disk, Extent, RawDisk, Source, blocking, read_disk, write_disk};
 use qcow2::{Image, Journal, Mode, Parts};
 use support::{Files, Random, Verdict, assert_same, check, contents, memory, options};
 
