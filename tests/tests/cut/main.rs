@@ -9,6 +9,7 @@ mod commands;
 mod full;
 mod held;
 mod images;
+mod jobs;
 mod killed;
 mod ledger;
 mod load;
