@@ -4,7 +4,10 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::{Driver, DriverQueue, ProcessTime, Request, percentile};
+use crate::{Driver, DriverQueue, ProcessTime, Random, Request, percentile};
+
+/// The same numbers in every run.
+const SEED: u64 = 0x2545_f491_4f6c_dd1d;
 
 /// What a load is like.
 #[derive(Clone, Copy, Debug)]
@@ -47,8 +50,8 @@ impl Load {
         mut go_on: impl FnMut() -> bool,
     ) -> io::Result<Measured> {
         let mut driver = Driver::connect(socket, 1, self.depth, self.block)?;
-        let (blocks, mut random) = (driver.capacity()? / self.block as u64, Random::default());
-        let offsets = std::iter::from_fn(|| go_on().then(|| random.next() % blocks * self.block as u64));
+        let (blocks, mut random) = (driver.capacity()? / self.block as u64, Random(SEED));
+        let offsets = std::iter::from_fn(|| go_on().then(|| random.number() % blocks * self.block as u64));
         self.measure(&mut driver, server, offsets)
     }
 
@@ -56,9 +59,9 @@ impl Load {
     pub fn once(self, socket: &Path, server: Option<u32>, stride: u64) -> io::Result<Measured> {
         let mut driver = Driver::connect(socket, 1, self.depth, self.block)?;
         let mut offsets: Vec<u64> = (0..driver.capacity()? / stride).map(|index| index * stride).collect();
-        let mut random = Random::default();
+        let mut random = Random(SEED);
         for left in (1..offsets.len()).rev() {
-            offsets.swap(left, (random.next() % (left as u64 + 1)) as usize);
+            offsets.swap(left, (random.number() % (left as u64 + 1)) as usize);
         }
         self.measure(&mut driver, server, offsets.into_iter())
     }
@@ -134,22 +137,4 @@ fn drive(
         }
     }
     Ok(latencies)
-}
-
-/// Xorshift: the same numbers in every run.
-struct Random(u64);
-
-impl Default for Random {
-    fn default() -> Self {
-        Self(0x2545_f491_4f6c_dd1d)
-    }
-}
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
 }

@@ -6,13 +6,14 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "what fails here fails the test")]
 
 mod commands;
+mod foreign;
 mod full;
 mod held;
 mod images;
-mod jobs;
 mod killed;
 mod ledger;
 mod load;
 mod prefix;
+mod recipe;
 mod served;
 mod shared;

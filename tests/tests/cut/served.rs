@@ -51,17 +51,24 @@ impl Served {
 
     /// In this folder, its disks with more `keys`: `,key=value…`.
     pub(crate) fn start_in(folder: tempfile::TempDir, wanted: Wanted, keys: &str) -> Self {
+        let bases: Vec<_> =
+            (0..wanted.disks).map(|disk| folder.path().join(format!("vd{disk}.{}", wanted.format))).collect();
+        for base in &bases {
+            let size = wanted.bytes.to_string();
+            let made = qemu_img(&["create", "-q", "-f", wanted.format, text(base), &size]);
+            assert!(made.status.success(), "{made:?}");
+        }
+        Self::over(folder, &bases, wanted, keys)
+    }
+
+    /// Serves images that are there already, one a disk.
+    pub(crate) fn over(folder: tempfile::TempDir, bases: &[PathBuf], wanted: Wanted, keys: &str) -> Self {
         let mut served = Self { wanted, arguments: Vec::new(), child: None, sockets: Vec::new(), folder };
         let (state, control) = (served.path("state"), served.path("control"));
         let words = ["serve", "--state", text(&state), "--control", text(&control), "--freeze", "never"];
         served.arguments.extend(words.map(str::to_owned));
-        for disk in 0..wanted.disks {
-            let (base, socket) =
-                (served.path(&format!("vd{disk}.{}", wanted.format)), format!("vd{disk}.sock"));
-            let made =
-                qemu_img(&["create", "-q", "-f", wanted.format, text(&base), &wanted.bytes.to_string()]);
-            assert!(made.status.success(), "{made:?}");
-            let socket = served.path(&socket);
+        for (disk, base) in bases.iter().enumerate() {
+            let socket = served.path(&format!("vd{disk}.sock"));
             let Wanted { format, cache, queues, .. } = wanted;
             let (path, at) = (base.display(), socket.display());
             let words = format!(
