@@ -57,7 +57,7 @@ impl Allocator {
     /// A cluster that nothing uses.
     pub(crate) fn take(&mut self) -> Result<HostOffset> {
         if self.free.is_empty() {
-            while let Some(clusters) = self.quarantine.release() {
+            while let Some(clusters) = self.release() {
                 self.add(clusters);
             }
         }
@@ -107,6 +107,11 @@ impl Allocator {
         }
     }
 
+    /// Freed clusters that nobody can be reading or writing any more. They are to be [`added`](Self::add).
+    pub(crate) fn release(&mut self) -> Option<Vec<u64>> {
+        self.quarantine.release()
+    }
+
     /// Which clusters the scan is to look at next, at most `most`; `None` if there is no need.
     pub(crate) fn wants(&self, most: u64) -> Option<std::ops::Range<u64>> {
         let wants = self.free.len() < FEW && !self.scan.is_empty();
@@ -121,7 +126,8 @@ impl Allocator {
         self.add(clusters.into_iter().filter(|cluster| !waiting.contains(cluster)).collect());
     }
 
-    fn add(&mut self, clusters: Vec<u64>) {
+    /// Hands these out before the file grows.
+    pub(crate) fn add(&mut self, clusters: Vec<u64>) {
         let scan = self.scan.clone();
         self.free.extend(clusters.into_iter().filter(|cluster| !scan.contains(cluster)));
         self.free.sort_unstable_by(|one, other| other.cmp(one));

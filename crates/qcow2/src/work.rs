@@ -162,6 +162,7 @@ impl Work {
         self.refcounts.settle();
         // The batch is safe, whatever becomes of this: it can only leak.
         if self.release(image, writer).is_ok() {
+            reclaim(image, writer);
             _ = self.scan(image, writer);
         }
         Ok(())
@@ -185,8 +186,6 @@ impl Work {
         self.refcounts.write_lowered(&*image.storage)?;
         let mut released = std::mem::take(&mut self.released);
         if !released.is_empty() && !writer.keeps_freed {
-            released.sort_unstable();
-            punch(image, &released);
             let ended = image.epochs.next();
             let mut core = writer.core();
             // Some of them may have held tables.
@@ -249,6 +248,18 @@ impl Inner {
             core.metadata.remove(at, 1);
             core.allocator.give_back(at);
         }
+    }
+}
+
+/// Takes those freed clusters to be used again that nobody can be reading any more, and gives their room back to the host
+/// until then: a read under way must not find a hole where it found data.
+fn reclaim(image: &Inner, writer: &Writer) {
+    loop {
+        let released = writer.core().allocator.release();
+        let Some(mut released) = released else { return };
+        released.sort_unstable();
+        punch(image, &released);
+        writer.core().allocator.add(released);
     }
 }
 

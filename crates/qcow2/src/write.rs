@@ -146,6 +146,9 @@ impl Inner {
     /// Copies what exclusively claimed subclusters hold outside `range`, from where they are now.
     pub(crate) fn fill_rest(&self, range: ByteRange, claim: &Claim) -> Result<()> {
         let copied = claim.exclusive & claim.publish;
+        if copied == 0 {
+            return Ok(());
+        }
         let size = self.geometry.subcluster_size();
         let start = self.geometry.start_of(claim.cluster);
         for index in (0..u32::BITS).filter(|index| copied & (1 << index) != 0) {

@@ -167,6 +167,9 @@ fn a_freed_cluster_waits_for_the_flush_and_for_its_readers() {
     // Somebody may still be reading it.
     write(2);
     assert_ne!(host_of(&image, 2 * CLUSTER), Some(first));
+    let mut found = [0; 512];
+    files.image.read_at(&mut found, first).unwrap();
+    assert_eq!(found, [1; 512], "its bytes are gone while somebody reads them");
     drop(reader);
     write(3);
     assert_eq!(host_of(&image, 3 * CLUSTER), Some(first));
