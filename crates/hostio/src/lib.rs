@@ -16,4 +16,4 @@ pub use limits::raise_open_files;
 pub use mapped::MappedFile;
 pub use ring::{Completion, Ring, read_cached, read_now, write_now};
 pub use small::{boot_id, free_space, remove_file, replace_file, sync_dir};
-pub use socket::Listener;
+pub use socket::{Listener, Loopback};

@@ -49,7 +49,8 @@ pub fn free_space(path: &Path) -> Result<u64> {
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
-fn parent(path: &Path) -> Result<&Path> {
+/// The folder that a file is in.
+pub(crate) fn parent(path: &Path) -> Result<&Path> {
     match path.parent() {
         Some(folder) if folder.as_os_str().is_empty() => Ok(Path::new(".")),
         Some(folder) => Ok(folder),

@@ -1,15 +1,18 @@
 //! Listening sockets: private from their first instant, and in nobody's way after a crash.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use block::{Context, Error, ErrorKind, Result};
-use rustix::fd::OwnedFd;
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::{AtFlags, Mode, OFlags, fchmod};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::small::parent;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 16;
@@ -65,6 +68,55 @@ impl Drop for Listener {
     }
 }
 
+/// Connections of this process with itself, for those who can only be given a listener: one that has a file in the file
+/// system for the instant of its making, and no name afterwards.
+#[derive(Debug)]
+pub struct Loopback {
+    listener: UnixListener,
+    /// The socket's file, by which it is still found.
+    file: OwnedFd,
+}
+
+impl Loopback {
+    /// Makes one; its file is for an instant beside `path`, with mode 0600.
+    pub fn beside(path: &Path) -> Result<Self> {
+        Self::make(parent(path)?).context(|| format!("make a socket beside {}", path.display()))
+    }
+
+    fn make(folder: &Path) -> Result<Self> {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(folder, flags | OFlags::DIRECTORY, Mode::empty())
+            .map_err(std::io::Error::from)?;
+        let name = format!(".frazil-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let listener = socket(SocketFlags::CLOEXEC)?;
+        fchmod(&listener, Mode::RUSR | Mode::WUSR).map_err(std::io::Error::from)?;
+        // By way of the descriptor, for the folder's own path may leave no room for a name in an address.
+        let address = SocketAddrUnix::new(format!("{}/{name}", by_descriptor(&folder)))
+            .map_err(std::io::Error::from)?;
+        rustix::net::bind(&listener, &address).map_err(std::io::Error::from)?;
+        let file = rustix::fs::openat(&folder, &name, flags | OFlags::NOFOLLOW, Mode::empty());
+        rustix::fs::unlinkat(&folder, &name, AtFlags::empty()).map_err(std::io::Error::from)?;
+        rustix::net::listen(&listener, BACKLOG).map_err(std::io::Error::from)?;
+        Ok(Self { listener: listener.into(), file: file.map_err(std::io::Error::from)? })
+    }
+
+    /// One end of a new connection. The other is the next that the listener accepts.
+    pub fn connect(&self) -> Result<UnixStream> {
+        UnixStream::connect(by_descriptor(&self.file)).context(|| "connect to a socket of our own")
+    }
+
+    /// The listener.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+/// A path to an open file that needs no name.
+fn by_descriptor(file: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
 fn socket(flags: SocketFlags) -> Result<OwnedFd> {
     let made = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     Ok(made.map_err(std::io::Error::from)?)
@@ -92,7 +144,6 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::net::UnixStream;
 
     #[test]
     fn the_file_is_private_and_goes_away() {
@@ -128,6 +179,24 @@ mod tests {
         UnixStream::connect(&path).unwrap();
         drop(second);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_process_connects_to_itself_without_a_file() {
+        use std::io::{Read, Write};
+        let folder = tempfile::tempdir().unwrap();
+        let deep = folder.path().join("x".repeat(120));
+        std::fs::create_dir(&deep).unwrap();
+        let loopback = Loopback::beside(&deep.join("vda.sock")).unwrap();
+        assert_eq!(std::fs::read_dir(&deep).unwrap().count(), 0);
+        for round in 0..3 {
+            let mut one = loopback.connect().unwrap();
+            let (mut other, _) = loopback.listener().accept().unwrap();
+            one.write_all(&[round]).unwrap();
+            let mut found = [9];
+            other.read_exact(&mut found).unwrap();
+            assert_eq!(found, [round]);
+        }
     }
 
     #[test]

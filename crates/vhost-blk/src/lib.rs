@@ -38,6 +38,7 @@ mod errors;
 mod guest;
 mod lot;
 mod patience;
+mod relay;
 mod request;
 mod server;
 mod vring;
@@ -45,4 +46,4 @@ mod wake;
 mod worker;
 
 pub use errors::{IoFailure, OnFailure};
-pub use server::{DeviceConfig, Server, SessionEvent};
+pub use server::{DeviceConfig, Notifier, Server, SessionEvent};

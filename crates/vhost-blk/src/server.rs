@@ -1,8 +1,9 @@
 //! A disk's socket, and one session after the other.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,13 +14,14 @@ use block::{Context, Disk, Error, ErrorKind, Gate, Parking, Pulse, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
-use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 
 use crate::cache::CacheMode;
 use crate::device::Device;
 use crate::engine::ID_LEN;
 use crate::errors::OnFailure;
 use crate::guest::Memory;
+use crate::relay;
 use crate::vring::SharedMemory;
 
 /// The framework names the queues of a thread in a word's bits.
@@ -99,12 +101,29 @@ struct Shared {
     cache: Arc<CacheMode>,
 }
 
-/// How to end the session that is connected.
-struct Session(ShutdownHandle);
+/// The session that is connected.
+#[derive(Debug)]
+struct Session {
+    front: UnixStream,
+    /// On which the front-end is told of changes, if it has given one.
+    channel: Option<OwnedFd>,
+}
 
-impl std::fmt::Debug for Session {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Session")
+/// Tells the front-end of a server what has changed.
+#[derive(Clone, Debug)]
+pub struct Notifier(Arc<Shared>);
+
+impl Notifier {
+    /// The disk's capacity is another one. `true` if the front-end was told, so that its guest sees it at once. One that
+    /// did not negotiate the feature `BACKEND_REQ` reads it the next time it connects.
+    pub fn resized(&self) -> bool {
+        let session = self.0.session();
+        let channel = session.as_ref().and_then(|session| session.channel.as_ref());
+        let told = channel.map(relay::tell_config_change);
+        if let Some(Err(error)) = &told {
+            tracing::warn!("the front-end could not be told of the new size: {error}");
+        }
+        matches!(told, Some(Ok(())))
     }
 }
 
@@ -114,6 +133,7 @@ impl Server {
     pub fn start(config: DeviceConfig) -> Result<Self> {
         config.check()?;
         let socket = hostio::Listener::bind(&config.socket)?;
+        let loopback = hostio::Loopback::beside(&config.socket)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?;
         let shared = Arc::new(Shared {
             connected: AtomicBool::new(false),
@@ -123,13 +143,18 @@ impl Server {
             cache: Arc::new(CacheMode::new()),
         });
         let (theirs, name) = (Arc::clone(&shared), format!("{}-session", config.name));
-        let thread = thread::Builder::new().name(name).spawn(move || theirs.run(&config, &socket));
+        let thread = thread::Builder::new().name(name).spawn(move || theirs.run(&config, &socket, &loopback));
         Ok(Self { shared, thread: Some(thread.context(|| "start the session's thread")?) })
     }
 
     /// Whether a front-end is connected.
     pub fn connected(&self) -> bool {
         self.shared.connected.load(Ordering::Acquire)
+    }
+
+    /// The way to tell its front-ends of changes.
+    pub fn notifier(&self) -> Notifier {
+        Notifier(Arc::clone(&self.shared))
     }
 
     /// Ends the session, if there is one, with all its requests answered, and removes the socket.
@@ -142,7 +167,8 @@ impl Server {
         // Only a counter near its end would refuse, and that one is readable.
         let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
         if let Some(session) = &*self.shared.session() {
-            session.0.shutdown();
+            // It may be gone already.
+            let _ = session.front.shutdown(Shutdown::Both);
         }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -167,10 +193,10 @@ impl Shared {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    fn run(&self, config: &DeviceConfig, socket: &hostio::Listener) {
+    fn run(&self, config: &DeviceConfig, socket: &hostio::Listener, loopback: &hostio::Loopback) {
         let listener = socket.socket();
         while self.wait_for_client(listener) {
-            if let Err(error) = self.serve(config, listener) {
+            if let Err(error) = self.serve(config, listener, loopback) {
                 tracing::error!(disk = config.name, "could not serve a front-end: {error}");
                 self.pause();
             }
@@ -193,6 +219,12 @@ impl Shared {
         false
     }
 
+    fn keep(&self, channel: OwnedFd) {
+        if let Some(session) = &mut *self.session() {
+            session.channel = Some(channel);
+        }
+    }
+
     fn pause(&self) {
         let timeout = Timespec { tv_sec: RETRY.as_secs().cast_signed(), tv_nsec: 0 };
         let _ = poll(&mut [PollFd::new(&self.stop, PollFlags::IN)], Some(&timeout));
@@ -200,13 +232,18 @@ impl Shared {
 
     /// Serves the front-end that waits, to its end. A used daemon can not take another connection, so each gets its
     /// own, and a device with it.
-    fn serve(&self, config: &DeviceConfig, listener: &UnixListener) -> Result<()> {
+    fn serve(
+        &self,
+        config: &DeviceConfig,
+        listener: &UnixListener,
+        loopback: &hostio::Loopback,
+    ) -> Result<()> {
         let memory = SharedMemory::new(Memory::new());
         let device = Arc::new(Device::new(config, &memory, Arc::clone(&self.cache))?);
         let daemon = VhostUserDaemon::new(config.name.clone(), Arc::clone(&device), memory);
         let served = match daemon {
             Ok(mut daemon) => {
-                let served = self.converse(config, &device, &mut daemon, listener);
+                let served = self.converse(config, &device, &mut daemon, listener, loopback);
                 // The framework leaves the rings running when a front-end goes.
                 device.close();
                 served
@@ -230,19 +267,29 @@ impl Shared {
         device: &Arc<Device>,
         daemon: &mut VhostUserDaemon<Arc<Device>>,
         listener: &UnixListener,
+        loopback: &hostio::Loopback,
     ) -> Result<()> {
         device.watch(daemon).context(|| "watch a worker's events")?;
         // Told before it can send a request, so that nobody takes the disk for unused while it is read.
         self.connected.store(true, Ordering::Release);
         (config.on_session)(SessionEvent::Connected);
-        daemon.start(&mut Listener::from(listener.try_clone()?)).map_err(|error| other(&error))?;
-        *self.session() = daemon.shutdown_handle().map(Session);
-        if self.is_stopping() {
-            daemon.request_shutdown();
-        }
+        let (front, _) = listener.accept()?;
+        let framework = loopback.connect()?;
+        daemon.start(&mut Listener::from(loopback.listener().try_clone()?)).map_err(|error| other(&error))?;
+        *self.session() = Some(Session { front: front.try_clone()?, channel: None });
         tracing::info!(disk = config.name, "a front-end has connected");
-        let ended = daemon.wait();
+        // Who stops from here on finds the session; who did before is found here.
+        let relayed = match self.is_stopping() {
+            true => Ok(()),
+            false => relay::run(&front, &framework, |channel| self.keep(channel)),
+        };
         *self.session() = None;
+        // The framework reads to the end what has been passed on.
+        drop(framework);
+        let ended = daemon.wait();
+        if let Err(error) = relayed {
+            tracing::warn!(disk = config.name, "the session's socket failed: {error}");
+        }
         match ended {
             Ok(()) | Err(DaemonError::HandleRequest(VhostUserError::Disconnected)) => {
                 tracing::info!(disk = config.name, "the front-end has disconnected");
