@@ -7,6 +7,7 @@ mod device {
     mod gate;
     mod hostile;
     mod parked;
+    mod resize;
     mod served;
     mod session;
 }

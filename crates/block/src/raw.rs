@@ -1,6 +1,6 @@
 //! Raw disks: the bytes of one storage, as they are.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
@@ -13,7 +13,7 @@ use crate::{
 #[derive(Debug)]
 pub struct RawDisk {
     storage: Arc<dyn Storage>,
-    capacity: u64,
+    capacity: AtomicU64,
     read_only: AtomicBool,
     syncs: Arc<Syncs>,
 }
@@ -57,6 +57,7 @@ impl RawDisk {
     /// The disk in `storage`, as large as it is now (its odd last bytes past a sector are not shown).
     pub fn new(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self> {
         let capacity = storage.len()? / crate::SECTOR * crate::SECTOR;
+        let capacity = AtomicU64::new(capacity);
         Ok(Self { storage, capacity, read_only: AtomicBool::new(read_only), syncs: Arc::default() })
     }
 
@@ -65,8 +66,24 @@ impl RawDisk {
         self.read_only.store(true, Ordering::Release);
     }
 
+    /// Makes the disk larger, by zeroes; durable when it returns. `capacity` is in bytes, made of whole sectors, and not
+    /// less than it is. A storage that is long enough already, as a device that has grown, stays as it is.
+    pub fn grow(&self, capacity: u64) -> Result<()> {
+        self.check_writable(ByteRange { offset: 0, len: 0 })?;
+        if capacity < self.capacity() || !capacity.is_multiple_of(crate::SECTOR) {
+            let story = format!("a disk of {} bytes can not grow to {capacity}", self.capacity());
+            return Err(Error::new(ErrorKind::InvalidInput, story));
+        }
+        if self.storage.len()? < capacity {
+            self.storage.set_len(capacity)?;
+        }
+        self.flush().run()?;
+        self.capacity.store(capacity, Ordering::Release);
+        Ok(())
+    }
+
     fn check(&self, range: ByteRange) -> Result<()> {
-        if range.is_within(self.capacity) {
+        if range.is_within(self.capacity()) {
             return Ok(());
         }
         Err(Error::new(
@@ -116,7 +133,7 @@ impl Layer for RawDisk {
 
 impl Disk for RawDisk {
     fn capacity(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {
@@ -262,6 +279,29 @@ mod tests {
         assert_eq!(write_disk(&disk, u64::MAX, &[0; 2]).unwrap_err().kind(), ErrorKind::OutOfRange);
         let sealed = RawDisk::new(storage, true).unwrap();
         assert_eq!(write_disk(&sealed, 0, &[0; 2]).unwrap_err().kind(), ErrorKind::ReadOnly);
+    }
+
+    #[test]
+    fn it_grows_by_zeroes_and_never_shrinks() {
+        let (storage, disk) = disk();
+        write_disk(&disk, 8000, &[7; 192]).unwrap();
+        for wrong in [0, 7680, 8193, u64::MAX] {
+            assert_eq!(disk.grow(wrong).unwrap_err().kind(), ErrorKind::InvalidInput, "{wrong}");
+        }
+        storage.limit_len(8192);
+        assert_eq!(disk.grow(16384).unwrap_err().kind(), ErrorKind::NoSpace);
+        assert_eq!(read_disk(&disk, 8192, &mut [0]).unwrap_err().kind(), ErrorKind::OutOfRange);
+        storage.limit_len(u64::MAX);
+        disk.grow(16384).unwrap();
+        let mut bytes = [9; 8384];
+        read_disk(&disk, 8000, &mut bytes).unwrap();
+        assert_eq!((&bytes[..192], &bytes[192..]), (&[7; 192][..], &[0; 8192][..]));
+        write_disk(&disk, 16383, &[1]).unwrap();
+        storage.fail_syncs(1);
+        disk.grow(32768).unwrap_err();
+        assert_eq!(disk.capacity(), 16384, "a size that a loss of power may take back was shown");
+        disk.seal();
+        assert_eq!(disk.grow(32768).unwrap_err().kind(), ErrorKind::ReadOnly);
     }
 
     fn is_sync(step: Poll<Result<FlushStep>>) -> bool {

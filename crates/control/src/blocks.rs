@@ -5,7 +5,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use block::{IoStatus, WriteErrors};
+use block::{Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use serde::Serialize;
 use snapshot::{DiskStatus, ImageFormat};
@@ -90,6 +90,19 @@ pub(crate) fn block_info(disk: &DiskStatus) -> BlockInfo {
 /// All layers of a disk, the active one first.
 pub(crate) fn nodes(disk: &DiskStatus) -> impl Iterator<Item = BlockDeviceInfo> {
     (0..disk.layers.len()).rev().filter_map(|depth| node(disk, depth))
+}
+
+/// The disk whose active layer is the node of this name: the only one that may be resized.
+pub(crate) fn device_of(disks: &[DiskStatus], node: &str) -> Result<String> {
+    let names = |disk: &&DiskStatus| nodes(disk).any(|found| found.node_name == node);
+    let missing = || Error::new(ErrorKind::NotFound, format!("there is no node '{node}'"));
+    let disk = disks.iter().find(names).ok_or_else(missing)?;
+    match nodes(disk).next().is_some_and(|active| active.node_name == node) {
+        true => Ok(disk.id.clone()),
+        false => {
+            Err(Error::new(ErrorKind::ReadOnly, format!("node '{node}' is not the active layer of its disk")))
+        }
+    }
 }
 
 /// The layer that has `depth` others beneath it.

@@ -58,6 +58,15 @@ pub(crate) const COMMANDS: &[Command] = &[
     // Frazil does not know what the guest is called, so QEMU's optional member stays away.
     Command { name: "query-name", params: &[], run: |_, _| Ok(json!({})) },
     Command { name: "query-status", params: &[], run: run_state },
+    Command {
+        name: "block_resize",
+        params: &[
+            optional("device", Kind::Str),
+            optional("node-name", Kind::Str),
+            required("size", Kind::Int { min: 0, max: i64::MAX as u64 }),
+        ],
+        run: resize,
+    },
     Command { name: "cont", params: &[], run: resume },
     Command { name: "query-block", params: &[], run: query_block },
     Command { name: "query-named-block-nodes", params: &[], run: query_nodes },
@@ -257,6 +266,14 @@ struct Export {
     format: ImageFormat,
 }
 
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Resize {
+    device: Option<String>,
+    node_name: Option<String>,
+    size: u64,
+}
+
 fn capabilities(_: &Caller<'_>, arguments: Map<String, Value>) -> Outcome {
     match arguments.get("enable").and_then(Value::as_array) {
         // The only capability there is in QEMU, and it is not offered.
@@ -272,6 +289,17 @@ fn names() -> Value {
 fn run_state(caller: &Caller<'_>, _: Map<String, Value>) -> Outcome {
     let running = caller.service.disks().iter().any(|disk| disk.connected);
     Ok(json!({ "running": running, "status": if running { "running" } else { "prelaunch" } }))
+}
+
+fn resize(caller: &Caller<'_>, arguments: Map<String, Value>) -> Outcome {
+    let Resize { device, node_name, size } = typed(arguments)?;
+    let device = match (device, node_name) {
+        (Some(device), None) => device,
+        (None, Some(node)) => blocks::device_of(&caller.service.disks(), &node)?,
+        _ => return Err(CommandError::generic("Exactly one of 'device' and 'node-name' must be given")),
+    };
+    caller.service.resize(&device, size)?;
+    nothing()
 }
 
 fn resume(caller: &Caller<'_>, _: Map<String, Value>) -> Outcome {

@@ -80,6 +80,9 @@ pub trait Service: Send + Sync {
         progress: &dyn Fn(u64, u64),
     ) -> Result<()>;
 
+    /// Makes a disk larger while it is served, and tells its front-end. `size` is in bytes.
+    fn resize(&self, disk: &str, size: u64) -> Result<()>;
+
     /// Has all requests tried again that wait for the host.
     fn resume(&self);
 

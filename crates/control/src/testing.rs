@@ -36,6 +36,7 @@ struct State {
     go_on: bool,
     quit: bool,
     resumed: bool,
+    capacity: Option<u64>,
 }
 
 impl Fake {
@@ -262,6 +263,14 @@ impl Service for Fake {
         Ok(())
     }
 
+    fn resize(&self, disk: &str, size: u64) -> Result<()> {
+        if disk != "vda" {
+            return Err(Error::new(ErrorKind::NotFound, format!("disk '{disk}' is not served")));
+        }
+        self.lock().capacity = Some(size);
+        Ok(())
+    }
+
     fn resume(&self) {
         self.lock().resumed = true;
     }
@@ -274,14 +283,15 @@ impl Service for Fake {
         };
         let base = layer(0, "/images/base.raw", ImageFormat::Raw);
         let overlay = layer(1, "/images/vda.1.qcow2", ImageFormat::Qcow2);
+        let state = self.lock();
         vec![DiskStatus {
             id: "vda".to_owned(),
-            capacity: 1 << 30,
+            capacity: state.capacity.unwrap_or(1 << 30),
             read_only: false,
             connected: true,
             cache: Cache::None,
             write_errors: WriteErrors::Enospc,
-            io_status: if self.lock().resumed { IoStatus::Ok } else { IoStatus::NoSpace },
+            io_status: if state.resumed { IoStatus::Ok } else { IoStatus::NoSpace },
             parked: 2,
             layers: vec![base, overlay],
         }]

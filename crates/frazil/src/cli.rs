@@ -31,6 +31,9 @@ pub(crate) enum Command {
     /// List, pause, resume, slow down, cancel jobs, and wait for them.
     #[command(subcommand)]
     Job(Job),
+    /// Change a disk that is served.
+    #[command(subcommand)]
+    Disk(Disk),
     /// Show the daemon's disks and what it is doing.
     Status {
         #[command(flatten)]
@@ -101,6 +104,20 @@ const DISK_KEYS: &str = "Keys of --disk, separated by commas; a comma inside a v
                       the guest's writes that the host can not carry out: fail them; let them wait if there is no room
                       (if absent); let them wait whatever the reason
   max-overlays=N      delete the oldest snapshots when the disk has more overlays; no limit if absent";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Disk {
+    /// Make a disk larger while the guest runs; what is new reads as zeroes.
+    Resize {
+        /// Which disk.
+        id: String,
+        /// The new size in bytes, or with a unit: 512M, 20G, 1T.
+        #[arg(value_parser = size)]
+        size: u64,
+        #[command(flatten)]
+        daemon: Daemon,
+    },
+}
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Snapshot {
@@ -334,6 +351,18 @@ pub(crate) struct Output {
     /// Print JSON, and nothing else, to standard output.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let (number, shift) = match text.as_bytes().last() {
+        Some(b'K') => (text.strip_suffix('K'), 10),
+        Some(b'M') => (text.strip_suffix('M'), 20),
+        Some(b'G') => (text.strip_suffix('G'), 30),
+        Some(b'T') => (text.strip_suffix('T'), 40),
+        _ => (Some(text), 0),
+    };
+    let bytes = number.and_then(|number| number.parse::<u64>().ok()?.checked_mul(1 << shift));
+    bytes.ok_or_else(|| "a size is a number of bytes, or with a unit as in 512M, 20G, 1T".to_owned())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

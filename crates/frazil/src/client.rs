@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 use snapshot::{CreateRequest, DeleteRequest, FreezePolicy, Grade, SnapshotRecord};
 
-use crate::cli::{Daemon, Output, Snapshot, What};
+use crate::cli::{Daemon, Disk, Output, Snapshot, What};
 use crate::failure::{Exit, Failure};
 pub(crate) use chain::chain;
 pub(crate) use jobs::job;
@@ -23,6 +23,14 @@ use via::{Connection, Export, Via};
 pub(crate) fn status(daemon: &Daemon, output: Output) -> Result<(), Failure> {
     let status = Connection::open(daemon)?.ask("show the status", "query-frazil", json!({}))?;
     show_or_json(output, &status, table::status)
+}
+
+/// `frazil disk …`.
+pub(crate) fn disk(command: Disk) -> Result<(), Failure> {
+    let Disk::Resize { id, size, daemon } = command;
+    let arguments = json!({ "device": id, "size": size });
+    Connection::open(&daemon)?.ask(&format!("resize disk {id}"), "block_resize", arguments)?;
+    print(&format!("resized disk {id} to {}\n", table::bytes(size)))
 }
 
 /// `frazil snapshot …`.

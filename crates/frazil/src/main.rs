@@ -48,6 +48,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Snapshot(snapshot) => client::snapshot(snapshot),
         Command::Chain(chain) => client::chain(chain),
         Command::Job(job) => client::job(job),
+        Command::Disk(disk) => client::disk(disk),
         Command::Status { daemon, output } => client::status(&daemon, output),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "frazil", &mut io::stdout());

@@ -228,6 +228,10 @@ impl Storage for HostFile {
     }
 
     fn set_len(&self, len: u64) -> Result<()> {
+        if self.is_device {
+            let story = format!("{} is a device of {} bytes", self.path.display(), self.len()?);
+            return Err(Error::new(ErrorKind::Unsupported, story));
+        }
         self.file.set_len(len).context(|| format!("resize {} to {len}", self.path.display()))
     }
 

@@ -1,6 +1,6 @@
 //! A chain: one disk's layers, served as one disk whose active layer can be switched in an instant.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
@@ -23,7 +23,7 @@ use crate::model::{DiskLayer, DiskStatus};
 #[derive(Debug)]
 pub struct Chain {
     id: String,
-    capacity: u64,
+    capacity: AtomicU64,
     read_only: bool,
     gate: Arc<Gate>,
     pulse: Arc<Pulse>,
@@ -51,7 +51,7 @@ impl Chain {
     ) -> Result<Self> {
         let chain = Self {
             id: id.to_owned(),
-            capacity: layers.last().map_or(0, |top| top.disk().capacity()),
+            capacity: AtomicU64::new(0),
             read_only,
             gate: Arc::default(),
             pulse: Arc::default(),
@@ -154,6 +154,8 @@ impl Chain {
     /// Shows these layers from now on, the last of which is active.
     pub(crate) fn attach(&self, layers: Vec<Arc<Layer>>) -> Result<()> {
         let top = layers.last().ok_or_else(|| Error::new(ErrorKind::Corrupt, "a chain without layers"))?;
+        // Not always what it was: a snapshot that is reverted to may be of before it grew.
+        self.capacity.store(top.disk().capacity(), Ordering::Release);
         self.active.store(Some(Arc::new(Active { top: top.disk(), sealing: None })));
         *self.layers() = layers;
         Ok(())
@@ -173,6 +175,14 @@ impl Chain {
         *self.layers() = layers;
     }
 
+    /// Makes the disk larger, by zeroes, while it is served; durable when it returns. `capacity` has been checked. No cut
+    /// and no maintenance is under way.
+    pub(crate) fn grow(&self, capacity: u64) -> Result<()> {
+        self.top().ok_or_else(|| self.closed())?.grow(capacity)?;
+        self.capacity.store(capacity, Ordering::Release);
+        Ok(())
+    }
+
     /// What whoever needs the images is told while they are closed.
     pub(crate) fn closed(&self) -> Error {
         Error::new(ErrorKind::Busy, format!("the images of disk {} are closed for maintenance", self.id))
@@ -187,7 +197,7 @@ impl Chain {
         };
         DiskStatus {
             id: self.id.clone(),
-            capacity: self.capacity,
+            capacity: self.capacity(),
             read_only: self.read_only,
             connected: self.is_connected(),
             cache,
@@ -201,7 +211,7 @@ impl Chain {
 
 impl Disk for Chain {
     fn capacity(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {

@@ -227,6 +227,16 @@ impl Layer {
         }
     }
 
+    /// Makes the image of the active layer larger, by zeroes; durable when it returns.
+    pub(crate) fn grow(&self, capacity: u64) -> Result<()> {
+        let open = self.open.load_full();
+        let grown = match &open.content {
+            Content::Raw(disk) => disk.grow(capacity),
+            Content::Qcow2(image) => image.grow(capacity),
+        };
+        grown.context(|| format!("grow {}", self.entry.path.display()))
+    }
+
     /// Syncs all of it to stable storage, and once it is sealed, saves what it carries besides.
     pub(crate) fn flush(&self) -> Result<()> {
         let what = || format!("flush {}", self.entry.path.display());

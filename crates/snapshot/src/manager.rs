@@ -1,5 +1,6 @@
 //! The manager: all that a client can ask of the snapshots of one daemon.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
@@ -227,6 +228,27 @@ impl Manager {
     /// Sends what the device has to tell to all who listen.
     pub fn tell(&self, event: Event) {
         self.bus.emit(event);
+    }
+
+    /// Makes a disk larger, by zeroes, while it is served; durable when it returns. `size` is in bytes, made of whole
+    /// sectors, and not less than it is. A disk on a block device can be as large as that is now.
+    pub fn resize(&self, id: &str, size: u64) -> Result<()> {
+        let chain = self.chain(id)?;
+        let refuse = |kind, story: &str| Err(Error::new(kind, format!("disk {id} {story}")));
+        let _change = self.begin()?;
+        if chain.read_only() {
+            return refuse(ErrorKind::ReadOnly, "is read-only");
+        }
+        if !size.is_multiple_of(block::SECTOR) || size > i64::MAX as u64 {
+            return refuse(ErrorKind::InvalidInput, "has a size that is a multiple of 512 bytes");
+        }
+        match size.cmp(&chain.capacity()) {
+            Ordering::Less => {
+                refuse(ErrorKind::InvalidInput, "can not shrink: what is cut off would be lost")
+            }
+            Ordering::Equal => Ok(()),
+            Ordering::Greater => chain.grow(size).context(|| format!("resize disk {id}")),
+        }
     }
 
     /// Has all requests tried again that wait for the host.

@@ -8,6 +8,7 @@
 mod commands;
 mod foreign;
 mod full;
+mod grown;
 mod held;
 mod images;
 mod killed;

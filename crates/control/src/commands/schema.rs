@@ -105,6 +105,7 @@ fn what_commands_return_is_what_is_documented() {
         ("query-commands", json!({})),
         ("query-name", json!({})),
         ("query-status", json!({})),
+        ("block_resize", json!({"device": "vda", "size": 1 << 30})),
         ("cont", json!({})),
         ("query-block", json!({})),
         ("query-named-block-nodes", json!({})),

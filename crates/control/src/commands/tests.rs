@@ -205,3 +205,25 @@ fn the_disks_are_shown_as_qemu_shows_them() {
     );
     assert_eq!(run_one("query-status", json!({})).unwrap(), json!({"running": true, "status": "running"}));
 }
+
+#[test]
+fn a_disk_is_resized_by_its_name_or_by_that_of_its_active_layer() {
+    let size = 2_u64 << 30;
+    for arguments in [json!({"device": "vda", "size": size}), json!({"node-name": "vda.1", "size": size})] {
+        let (service, _events) = Fake::new();
+        run_all(&service, true, &[json!({"execute": "block_resize", "arguments": arguments})]).unwrap();
+        assert_eq!(service.disks()[0].capacity, size);
+    }
+    let refused = |arguments| failure(run_one("block_resize", arguments));
+    let both = refused(json!({"device": "vda", "node-name": "vda.1", "size": size}));
+    assert_eq!(both.1, "Exactly one of 'device' and 'node-name' must be given");
+    assert_eq!(refused(json!({"size": size})), both);
+    assert_eq!(refused(json!({"device": "vdx", "size": size})).0, ErrorClass::DeviceNotFound);
+    assert_eq!(refused(json!({"node-name": "vda.7", "size": size})).0, ErrorClass::DeviceNotFound);
+    let frozen = refused(json!({"node-name": "vda.0", "size": size}));
+    assert_eq!(
+        frozen,
+        (ErrorClass::GenericError, "node 'vda.0' is not the active layer of its disk".to_owned())
+    );
+    assert_eq!(refused(json!({"device": "vda", "size": -1})).0, ErrorClass::GenericError);
+}

@@ -45,6 +45,23 @@ fn serve_takes_flags_or_a_file_but_not_both() {
 }
 
 #[test]
+fn sizes_are_bytes_or_have_a_unit() {
+    for (text, expected) in [("512", 512), ("4K", 4096), ("3M", 3 << 20), ("20G", 20 << 30), ("1T", 1 << 40)]
+    {
+        let line = ["disk", "resize", "vda", text];
+        let Command::Disk(Disk::Resize { id, size, .. }) = parse(&line).unwrap() else { panic!() };
+        assert_eq!((id.as_str(), size), ("vda", expected));
+    }
+    for wrong in ["", "G", "+1G", "1.5G", "1g", "1 G", "99999999T"] {
+        assert_eq!(
+            parse(&["disk", "resize", "vda", wrong]).unwrap_err().kind(),
+            ErrorKind::ValueValidation,
+            "{wrong}"
+        );
+    }
+}
+
+#[test]
 fn a_bad_disk_is_told_with_its_mistake() {
     let line = ["serve", "--state", "/st", "--control", "/c", "--disk", "id=vda,pth=/img"];
     let message = parse(&line).unwrap_err().to_string();

@@ -266,7 +266,7 @@ fn duration(millis: f64) -> String {
 }
 
 /// Bytes with a binary unit, whole if it comes out even.
-fn bytes(count: u64) -> String {
+pub(super) fn bytes(count: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut unit = 0;
     let mut value = count as f64;

@@ -53,7 +53,9 @@ pub(crate) fn run(config: Config) -> Result<()> {
     }
     let manager = Arc::new(open(&config)?);
     let devices = config.disks.iter().map(|disk| start_device(&manager, disk)).collect::<Result<Vec<_>>>()?;
-    let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, stop));
+    let ids = config.disks.iter().map(|disk| disk.id.clone());
+    let notifiers = ids.zip(devices.iter().map(Server::notifier)).collect();
+    let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, notifiers, stop));
     let mut control = control::Server::start(&config.control, daemon, manager.subscribe())?;
     info!(disks = config.disks.len(), control = %config.control.display(), "serving");
     tell_systemd(&[NotifyState::Ready]);

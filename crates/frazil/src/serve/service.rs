@@ -1,5 +1,6 @@
 //! The manager, as the QMP server and the offline commands want it.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -11,6 +12,8 @@ use snapshot::{
     CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo,
     Manager, SnapshotRecord, StreamRequest,
 };
+use tracing::info;
+use vhost_blk::Notifier;
 
 use super::Stop;
 use crate::config::Config;
@@ -22,18 +25,26 @@ pub(super) struct Daemon {
     state: PathBuf,
     freeze_owner: FreezeOwner,
     agent: Option<PathBuf>,
+    /// The way to each disk's front-end.
+    notifiers: BTreeMap<String, Notifier>,
     /// Absent where nothing runs that could be stopped.
     stop: Option<Sender<Stop>>,
 }
 
 impl Daemon {
-    pub(super) fn new(manager: Arc<Manager>, config: &Config, stop: Sender<Stop>) -> Self {
+    pub(super) fn new(
+        manager: Arc<Manager>,
+        config: &Config,
+        notifiers: BTreeMap<String, Notifier>,
+        stop: Sender<Stop>,
+    ) -> Self {
         Self {
             manager,
             started: Instant::now(),
             state: config.state.clone(),
             freeze_owner: config.freeze_owner,
             agent: config.agent.clone(),
+            notifiers,
             stop: Some(stop),
         }
     }
@@ -45,6 +56,7 @@ impl Daemon {
             state: state.to_owned(),
             freeze_owner: FreezeOwner::None,
             agent: None,
+            notifiers: BTreeMap::new(),
             stop: None,
         }
     }
@@ -128,6 +140,13 @@ impl Service for Daemon {
         progress: &dyn Fn(u64, u64),
     ) -> Result<()> {
         self.manager.export(name, disk, target, format, &mut |done, total| progress(done, total))
+    }
+
+    fn resize(&self, disk: &str, size: u64) -> Result<()> {
+        self.manager.resize(disk, size)?;
+        let told = self.notifiers.get(disk).is_some_and(Notifier::resized);
+        info!(disk, size, told, "a disk has been resized");
+        Ok(())
     }
 
     fn resume(&self) {
