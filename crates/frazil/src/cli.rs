@@ -353,18 +353,6 @@ pub(crate) struct Output {
     pub(crate) json: bool,
 }
 
-fn size(text: &str) -> Result<u64, String> {
-    let (number, shift) = match text.as_bytes().last() {
-        Some(b'K') => (text.strip_suffix('K'), 10),
-        Some(b'M') => (text.strip_suffix('M'), 20),
-        Some(b'G') => (text.strip_suffix('G'), 30),
-        Some(b'T') => (text.strip_suffix('T'), 40),
-        _ => (Some(text), 0),
-    };
-    let bytes = number.and_then(|number| number.parse::<u64>().ok()?.checked_mul(1 << shift));
-    bytes.ok_or_else(|| "a size is a number of bytes, or with a unit as in 512M, 20G, 1T".to_owned())
-}
-
 fn seconds(text: &str) -> Result<Duration, String> {
     let most = snapshot::MAX_LEASE.as_secs();
     let seconds = text.parse().ok().filter(|seconds| (1..=most).contains(seconds));

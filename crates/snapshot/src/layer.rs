@@ -9,7 +9,7 @@ use block::{
     ByteRange, Context, Disk, Error, ErrorKind, Extent, Flush, RawDisk, Result, Run, Stack, Storage,
     WriteGuard,
 };
-use hostio::{Cache, HostFile};
+use hostio::{Cache, HostFile, MappedFile};
 use qcow2::{Image, Journal, Mode, Parts};
 use tracing::warn;
 
@@ -379,14 +379,7 @@ impl JournalFolder {
     }
 
     fn open(&self, id: &str, number: u32) -> Result<Journal> {
-        let open = |path: PathBuf| -> Result<Arc<dyn Storage>> {
-            let how = hostio::Open { writable: true, cache: Cache::Writeback };
-            let file = match HostFile::create(&path, Cache::Writeback) {
-                Err(_) if path.exists() => HostFile::open(&path, how)?,
-                created => created?,
-            };
-            Ok(Arc::new(file))
-        };
+        let open = |path: PathBuf| -> Result<Arc<dyn Storage>> { Ok(Arc::new(MappedFile::open(&path)?)) };
         let [a, b] = self.files(id, number);
         Journal::open(open(a)?, open(b)?, &self.boot_id)
     }

@@ -193,7 +193,7 @@ impl Mount {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=6M", "tmpfs"]).arg(folder.path());
+        mount.args(["-t", "tmpfs", "-o", "size=16M", "tmpfs"]).arg(folder.path());
         let mounted = mount.output().is_ok_and(|output| output.status.success());
         assert!(mounted, "no tmpfs can be mounted here: are you root?");
         Self(folder)

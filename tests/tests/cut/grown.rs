@@ -1,8 +1,11 @@
 //! Disks that are made larger while they are served.
 
+use std::time::{Duration, Instant};
+
 use frazil_tests::{Driver, Request};
 use serde_json::json;
 
+use crate::images::check_sound;
 use crate::served::{Served, Wanted};
 
 const MIB: u64 = 1 << 20;
@@ -44,6 +47,41 @@ fn a_disk_grows_and_stays_grown() {
         let bytes = served.export("grown", "vd0");
         assert_eq!((bytes.len() as u64, bytes.last()), (3 * MIB, Some(&7)));
         served.stop();
+    }
+}
+
+#[test]
+fn an_overlay_grows_over_a_smaller_base_and_going_back_brings_the_old_size() {
+    let wanted = Wanted { format: "raw", cache: "writeback", disks: 1, queues: 1, bytes: MIB };
+    let mut served = Served::start(wanted);
+    assert_eq!(ask(&served, Request::Write(MIB - BLOCK)).0, 0);
+    served.ask("snapshot-create", json!({ "name": "small" }));
+    served.ask("block_resize", json!({ "device": "vd0", "size": 3 * MIB }));
+    assert_eq!(ask(&served, Request::Read(MIB - BLOCK)), (0, vec![7; BLOCK as usize]));
+    assert_eq!(ask(&served, Request::Read(MIB)), (0, vec![0; BLOCK as usize]));
+    assert_eq!(ask(&served, Request::Write(3 * MIB - BLOCK)).0, 0);
+    served.kill();
+    served.restart();
+    assert_eq!(capacity(&served), 3 * MIB);
+    assert_eq!(ask(&served, Request::Read(3 * MIB - BLOCK)), (0, vec![7; BLOCK as usize]));
+    served.ask("snapshot-create", json!({ "name": "large" }));
+    assert_eq!(served.export("small", "vd0").len() as u64, MIB);
+    assert_eq!(served.export("large", "vd0").len() as u64, 3 * MIB);
+    wait_for_nobody(&served);
+    served.ask("snapshot-revert", json!({ "name": "small", "discard-newer": true }));
+    assert_eq!(capacity(&served), MIB);
+    assert_eq!(ask(&served, Request::Read(MIB)).0, -5);
+    served.stop();
+    let layers = served.layers("vd0");
+    layers.iter().filter(|(_, format)| format == "qcow2").for_each(|(path, _)| check_sound(path));
+}
+
+/// That a guest is gone is noticed a little later.
+fn wait_for_nobody(served: &Served) {
+    let is_connected = || served.ask("query-frazil", json!({}))["disks"][0]["connected"] == true;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while is_connected() {
+        assert!(Instant::now() < deadline, "a guest that is gone is still told to be connected");
     }
 }
 

@@ -52,7 +52,7 @@ fn sizes_are_bytes_or_have_a_unit() {
         let Command::Disk(Disk::Resize { id, size, .. }) = parse(&line).unwrap() else { panic!() };
         assert_eq!((id.as_str(), size), ("vda", expected));
     }
-    for wrong in ["", "G", "+1G", "1.5G", "1g", "1 G", "99999999T"] {
+    for wrong in ["", "G", "1.5G", "1 G", "99999999T"] {
         assert_eq!(
             parse(&["disk", "resize", "vda", wrong]).unwrap_err().kind(),
             ErrorKind::ValueValidation,
