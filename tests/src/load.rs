@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::{Driver, DriverQueue, ProcessTime, Random, Request, percentile};
@@ -55,6 +56,39 @@ impl Load {
         self.measure(&mut driver, server, offsets)
     }
 
+    /// As [`random`](Self::random), on several queues at once, each with a thread of its own and `depth` requests in flight,
+    /// until `end`.
+    pub fn spread(
+        self,
+        socket: &Path,
+        server: Option<u32>,
+        queues: usize,
+        end: Instant,
+    ) -> io::Result<Measured> {
+        let mut driver = Driver::connect(socket, queues, self.depth, self.block)?;
+        let blocks = driver.capacity()? / self.block as u64;
+        let run = |number: usize, queue: &mut DriverQueue| {
+            // Each queue has numbers of its own.
+            let mut random = Random(SEED.wrapping_add(number as u64));
+            let offsets = std::iter::from_fn(|| {
+                (Instant::now() < end).then(|| random.number() % blocks * self.block as u64)
+            });
+            drive(queue, self.depth, self.requests(offsets))
+        };
+        let (before, start) = (cpu(server)?, Instant::now());
+        let latencies = thread::scope(|scope| {
+            let threads: Vec<_> = driver
+                .queues
+                .iter_mut()
+                .enumerate()
+                .map(|(number, queue)| scope.spawn(move || run(number, queue)))
+                .collect();
+            let ended = threads.into_iter().map(|thread| thread.join().map_err(|_| io::ErrorKind::Other)?);
+            ended.collect::<io::Result<Vec<_>>>()
+        })?;
+        Ok(Measured::of(latencies.concat(), start.elapsed(), before.zip(cpu(server)?)))
+    }
+
     /// Requests the first block of each `stride` bytes of a disk, each once, in a random order.
     pub fn once(self, socket: &Path, server: Option<u32>, stride: u64) -> io::Result<Measured> {
         let mut driver = Driver::connect(socket, 1, self.depth, self.block)?;
@@ -73,16 +107,27 @@ impl Load {
         offsets: impl Iterator<Item = u64>,
     ) -> io::Result<Measured> {
         let queue = driver.queues.first_mut().ok_or(io::ErrorKind::NotFound)?;
-        let cpu = || server.map(ProcessTime::of).transpose();
-        let (before, start) = (cpu()?, Instant::now());
-        let requests =
-            offsets.map(|offset| if self.write { Request::Write(offset) } else { Request::Read(offset) });
-        let mut latencies = drive(queue, self.depth, requests)?;
-        let (after, elapsed) = (cpu()?, start.elapsed());
+        let (before, start) = (cpu(server)?, Instant::now());
+        let latencies = drive(queue, self.depth, self.requests(offsets))?;
+        Ok(Measured::of(latencies, start.elapsed(), before.zip(cpu(server)?)))
+    }
+
+    fn requests(self, offsets: impl Iterator<Item = u64>) -> impl Iterator<Item = Request> {
+        offsets.map(move |offset| if self.write { Request::Write(offset) } else { Request::Read(offset) })
+    }
+}
+
+fn cpu(server: Option<u32>) -> io::Result<Option<ProcessTime>> {
+    server.map(ProcessTime::of).transpose()
+}
+
+impl Measured {
+    /// Of latencies in microseconds, and the server's processor time before and after.
+    fn of(mut latencies: Vec<u32>, elapsed: Duration, cpu: Option<(ProcessTime, ProcessTime)>) -> Self {
         latencies.sort_unstable();
-        let used = before.zip(after).map_or(Duration::ZERO, |(before, after)| after.since(before));
+        let used = cpu.map_or(Duration::ZERO, |(before, after)| after.since(before));
         let count = latencies.len().max(1) as f64;
-        Ok(Measured {
+        Self {
             requests: latencies.len(),
             iops: count / elapsed.as_secs_f64(),
             cpu_us: used.as_secs_f64() * 1e6 / count,
@@ -90,7 +135,7 @@ impl Load {
             p99_us: percentile(&latencies, 99.0),
             p999_us: percentile(&latencies, 99.9),
             max_us: percentile(&latencies, 100.0),
-        })
+        }
     }
 }
 

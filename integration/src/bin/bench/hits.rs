@@ -113,18 +113,18 @@ fn fill(raw: &Path) -> Result<()> {
     (0..Daemon::DISK_BYTES >> 20).try_for_each(|_| file.write_all(&chunk)).context(raw.display())
 }
 
-fn header() -> Table {
+pub(crate) fn header() -> Table {
     table(["4 KiB", "QD", "", "IOPS", "P50 µs", "P99 µs", "CPU µs/REQ", "IOPS RATIO", "CPU RATIO"])
 }
 
-struct Rows {
-    table: Table,
-    figures: Vec<Value>,
+pub(crate) struct Rows {
+    pub(crate) table: Table,
+    pub(crate) figures: Vec<Value>,
 }
 
 impl Rows {
     /// Adds what the runs of ours and theirs gave: medians, and the medians of the ratios in each round.
-    fn add(&mut self, name: &str, load: Load, pairs: &[(Measured, Measured)]) {
+    pub(crate) fn add(&mut self, name: &str, load: Load, pairs: &[(Measured, Measured)]) {
         let ratio =
             |of: fn(&Measured) -> f64| median(pairs.iter().map(|(ours, theirs)| of(ours) / of(theirs)));
         let (iops, cpu) = (ratio(|run| run.iops), ratio(|run| run.cpu_us));

@@ -2,7 +2,7 @@
 //! guest stands frozen.
 //!
 //! ```text
-//! bench [--json FILE] [--only hits|chains|cuts|frozen]
+//! bench [--json FILE] [--only hits|chains|disk|queues|cuts|frozen]
 //! ```
 //! Everything that is compared is measured in turns, so that what else the machine does meets both. Files are in
 //! memory (`/dev/shm`) if there is room: the cost of the servers, not that of a disk.
@@ -16,9 +16,11 @@ use serde_json::{Map, Value};
 
 mod chains;
 mod cuts;
+mod disk;
 mod frozen;
 mod hits;
 mod peer;
+mod queues;
 
 /// A figure's table, for people and for programs.
 type Tables = (Table, Value);
@@ -50,9 +52,11 @@ fn bench() -> Result<()> {
             _ => return Err(Error::new(format!("unknown option {word}"))),
         }
     }
-    let parts: [(&str, Part); 4] = [
+    let parts: [(&str, Part); 6] = [
         ("hits", hits::measure),
         ("chains", chains::measure),
+        ("disk", disk::measure),
+        ("queues", queues::measure),
         ("cuts", cuts::measure),
         ("frozen", frozen::measure),
     ];

@@ -43,6 +43,11 @@ impl Settings {
         Self { file: "aio=threads", iothread: false },
     ];
 
+    /// Past the page cache, as a disk wants it.
+    pub(crate) const fn direct(iothread: bool) -> Self {
+        Self { file: "aio=native,cache.direct=on", iothread }
+    }
+
     /// The settings with which random reads of `raw` cost it the least; those that do not work here are left out.
     pub(crate) fn best(scratch: &Scratch, raw: &Path) -> Result<Self> {
         let load = Load { write: false, block: 4096, depth: 32 };

@@ -16,7 +16,7 @@ fn record() -> Value {
         },
         "sealed": true,
         "disks": [
-            { "node-name": "vda.0", "path": "/img/root.img", "format": "raw" },
+            { "id": "vda", "path": "/img/root.img", "format": "raw" },
             { "id": "vdb", "path": "/img/data.vdb-000001.qcow2", "format": "qcow2" },
         ],
     })
@@ -103,7 +103,7 @@ fn the_status_leads_with_a_thaw_that_is_owed_and_lists_the_disks() {
             "id": "vda", "capacity": 8_u64 << 30, "read-only": false, "connected": true,
             "cache": "writeback", "werror": "enospc", "io-status": "nospace", "parked": 3,
             "layers": [
-                { "id": "vda", "path": "/img/root.img", "format": "raw" },
+                { "node-name": "vda.0", "path": "/img/root.img", "format": "raw" },
                 { "node-name": "vda.1", "path": "/img/root.vda-000001.qcow2", "format": "qcow2" },
             ],
         }],
