@@ -11,6 +11,7 @@ mod full;
 mod grown;
 mod held;
 mod images;
+mod jobs;
 mod killed;
 mod ledger;
 mod load;

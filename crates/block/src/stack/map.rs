@@ -30,6 +30,12 @@ impl Segment {
         let offset = self.0 * SEGMENT;
         ByteRange { offset, len: SEGMENT.min(u64::MAX - offset) }
     }
+
+    /// The bytes of the aligned group of `count` segments that it is in.
+    pub(super) fn group(self, count: u64) -> ByteRange {
+        let offset = self.0 / count * count * SEGMENT;
+        ByteRange { offset, len: (count * SEGMENT).min(u64::MAX - offset) }
+    }
 }
 
 /// Segments, in shards with a lock and a share of the memory each.
@@ -60,6 +66,11 @@ impl Map {
             entry.used.store(true, Ordering::Relaxed);
         }
         Some(look(entry.resolved, &entry.runs))
+    }
+
+    /// Whether anything is known of a segment.
+    pub(super) fn knows(&self, segment: Segment) -> bool {
+        self.read(segment).entries.contains_key(&segment)
     }
 
     /// Keeps what was found of a segment in so many layers, unless more is known already.

@@ -23,7 +23,8 @@
 //! - A segment in the map is tagged with how many layers it was resolved from. Tagged with fewer than the view has,
 //!   only the newer ones are asked and merged in. Tagged with more, for the view is older than the map, it is of no
 //!   use, and the layers are asked.
-//! - No lock is held while a layer is asked, so none during I/O. Errors of layers are returned, and not kept.
+//! - No lock is held while a layer is asked, so none during I/O. Errors of layers are returned, if they concern what is
+//!   read, and not kept.
 //! - Nothing here recurs from layer to layer, neither reading nor dropping.
 //! - The map takes at most the bytes that were given for it. What was not used for longest goes first, nearly (the
 //!   clock algorithm).
@@ -47,6 +48,9 @@ use runs::{Found, Runs};
 
 /// Bytes of the disk that are looked up at once. With the overlays' clusters of 128 KiB, sixteen of their entries.
 pub(crate) const SEGMENT: u64 = 2 << 20;
+
+/// So many segments are looked up together, if nothing is known of them.
+const AROUND: u64 = 8;
 
 /// The immutable layers beneath an active one as one read-only disk, whose reads cost the same however many they are.
 ///
@@ -117,20 +121,52 @@ impl View {
             Ordering::Less => Known::Older(resolved, runs.clone()),
             Ordering::Greater => Known::Newer,
         });
-        let (first, beneath) = match known {
+        let runs = match known {
             Some(Known::Done) => return Ok(()),
-            Some(Known::Packed(runs)) => return self.push(&runs, part, out),
-            Some(Known::Older(resolved, runs)) => (resolved, runs),
-            None if self.map.budget() > 0 => (0, Runs::zeroes(segment.range())),
-            None | Some(Known::Newer) => {
-                let runs = resolve::resolve(&self.layers, 0, part, &Runs::zeroes(part))?;
-                return self.push(&runs, part, out);
+            Some(Known::Packed(runs)) => Ok(runs),
+            Some(Known::Older(resolved, runs)) => self.look_up(resolved, segment.range(), &runs),
+            None if self.map.budget() > 0 => {
+                let around = self.unknown_around(segment);
+                self.look_up(0, around, &Runs::zeroes(around))
             }
+            None | Some(Known::Newer) => self.ask(part),
         };
-        let runs = resolve::resolve(&self.layers, first, segment.range(), &beneath)?;
-        let pushed = self.push(&runs, part, out);
-        self.map.insert(segment, self.layers.len(), runs);
-        pushed
+        // What can not be looked up may be beside what is asked for.
+        let runs = runs.or_else(|_| self.ask(part))?;
+        self.push(&runs, part, out)
+    }
+
+    /// Asks the layers for whole segments, of which `beneath` is what the first `first` of them have, and keeps what they
+    /// say.
+    fn look_up(&self, first: usize, range: ByteRange, beneath: &Runs) -> Result<Runs> {
+        let runs = resolve::resolve(&self.layers, first, range, beneath)?;
+        let mut offset = range.offset;
+        while offset < range.end() {
+            let segment = Segment::at(offset);
+            self.map.insert(segment, self.layers.len(), runs.within(segment.range()));
+            offset = segment.range().end();
+        }
+        Ok(runs)
+    }
+
+    /// Asks the layers for no more than this, and keeps nothing.
+    fn ask(&self, part: ByteRange) -> Result<Runs> {
+        resolve::resolve(&self.layers, 0, part, &Runs::zeroes(part))
+    }
+
+    /// The segments about this one of which nothing is known: it costs a layer hardly more to be asked for some than for
+    /// one, for it has to load its table.
+    fn unknown_around(&self, segment: Segment) -> ByteRange {
+        let group = segment.group(AROUND);
+        let end = self.capacity().min(group.end());
+        let mut range = segment.range();
+        while range.offset > group.offset && !self.map.knows(Segment::at(range.offset - 1)) {
+            range = ByteRange { offset: range.offset - SEGMENT, len: range.len + SEGMENT };
+        }
+        while range.end() < end && !self.map.knows(Segment::at(range.end())) {
+            range.len += Segment::at(range.end()).range().len;
+        }
+        range
     }
 
     /// Appends the extents of `part`, all or, if some of its bytes can only be had by I/O, none.

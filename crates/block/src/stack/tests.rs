@@ -1,3 +1,4 @@
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use proptest::collection::vec;
@@ -55,7 +56,8 @@ struct Sheet {
     data: Arc<Pattern>,
     packed: Pattern,
     asked: AtomicUsize,
-    failing: AtomicBool,
+    /// Where it can not be asked.
+    failing: Mutex<Option<ByteRange>>,
     /// Its runs are empty.
     stuck: AtomicBool,
     /// What it would read through, were it asked to; only so that it is held.
@@ -69,7 +71,7 @@ impl Sheet {
             data: Arc::new(Pattern(seed)),
             packed: Pattern(!seed),
             asked: AtomicUsize::new(0),
-            failing: AtomicBool::new(false),
+            failing: Mutex::default(),
             stuck: AtomicBool::new(false),
             _beneath: None,
         })
@@ -114,7 +116,7 @@ impl Sheet {
 impl Layer for Sheet {
     fn run_at(&self, range: ByteRange) -> Result<Run> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        if self.failing.load(Ordering::SeqCst) {
+        if self.failing.lock().unwrap().is_some_and(|failing| failing.intersect(range).is_some()) {
             return Err(Error::new(ErrorKind::Io, "the table can not be read"));
         }
         assert!(range.len > 0 && range.is_within(self.capacity()));
@@ -374,13 +376,30 @@ fn what_lies_past_a_shorter_layer_is_zero_and_a_longer_one_beneath_is_cut_off() 
 }
 
 #[test]
-fn an_error_is_returned_and_not_kept() {
-    let sheets = [Sheet::plain(1, SEGMENT, Place::Data(0)), Sheet::plain(2, SEGMENT, Place::Absent)];
+fn an_error_is_returned_to_who_reads_there_and_not_kept() {
+    let sheets = [Sheet::plain(1, WHOLE.len, Place::Data(0)), Sheet::plain(2, WHOLE.len, Place::Absent)];
     let stack = Stack::new(layers(&sheets), 1 << 20);
-    sheets[0].failing.store(true, Ordering::SeqCst);
-    assert_eq!(read_disk(&stack, 0, &mut [0; 512]).unwrap_err().kind(), ErrorKind::Io);
-    sheets[0].failing.store(false, Ordering::SeqCst);
-    check(&stack, &sheets, ByteRange { offset: 0, len: 512 });
+    let bad = ByteRange { offset: 4096, len: 512 };
+    *sheets[0].failing.lock().unwrap() = Some(bad);
+    assert_eq!(read_disk(&stack, bad.offset, &mut [0; 512]).unwrap_err().kind(), ErrorKind::Io);
+    for beside in [0, 8192, SEGMENT] {
+        check(&stack, &sheets, ByteRange { offset: beside, len: 512 });
+    }
+    *sheets[0].failing.lock().unwrap() = None;
+    check(&stack, &sheets, bad);
+}
+
+#[test]
+fn segments_are_looked_up_some_at_a_time() {
+    let len = (4 * AROUND - 1) * SEGMENT + 5000;
+    let sheets = [Sheet::plain(1, len, Place::Data(0)), Sheet::plain(2, len, Place::Absent)];
+    let stack = Stack::new(layers(&sheets), 1 << 20);
+    let last = len / SEGMENT;
+    for segment in (0..=last).rev().chain(0..=last) {
+        let offset = segment * SEGMENT;
+        check(&stack, &sheets, ByteRange { offset, len: 512 });
+    }
+    assert_eq!(sheets[1].asked(), 4, "once for each {AROUND} segments");
 }
 
 #[test]

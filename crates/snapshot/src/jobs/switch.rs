@@ -135,9 +135,11 @@ impl Work<'_> {
         let path = &rename.layer.entry.path;
         let names = rename.beneath.as_ref().map(|beneath| backing_name(path, &beneath.entry));
         let names = names.as_ref().map(|(name, format)| (name.as_str(), format.as_str()));
-        let renamed = match &rename.turn {
-            Some(turn) => qcow2::set_backing(turn.file(), names),
-            None => qcow2::set_backing(&*rename.layer.storage(), names),
+        let renamed = match (&rename.turn, rename.layer.image()) {
+            (Some(turn), _) => qcow2::set_backing(turn.file(), names),
+            (None, Some(image)) if !image.read_only() => image.set_backing(names),
+            // The job's own target, which nobody writes to any more.
+            (None, _) => qcow2::set_backing(&*rename.layer.storage(), names),
         };
         renamed.context(|| format!("change the header of {}", path.display()))
     }

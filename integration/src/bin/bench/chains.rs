@@ -20,8 +20,8 @@ use crate::{Tables, median, say, table};
 /// Rounds of all that is compared.
 const ROUNDS: usize = 7;
 const RUN: Duration = Duration::from_millis(500);
-/// Before the first round, so that what is looked up once is known.
-const WARM_UP: Duration = Duration::from_millis(1500);
+/// Before the first round one block in each of these is read, so that what is looked up once is known.
+const LOOKED_UP: u64 = 2 << 20;
 const LOAD: Load = Load { write: false, block: BLOCK as usize, depth: 32 };
 const BLOCK: u64 = 4096;
 const DISK_BYTES: u64 = 256 << 20;
@@ -122,8 +122,8 @@ impl Ours {
         Ok(Self { process, socket, opened: begun.elapsed() })
     }
 
-    fn run(&self, time: Duration) -> Result<Measured> {
-        let end = Instant::now() + time;
+    fn run(&self) -> Result<Measured> {
+        let end = Instant::now() + RUN;
         LOAD.random(&self.socket, Some(self.process.id()), || Instant::now() < end).context("frazil")
     }
 }
@@ -155,19 +155,18 @@ impl Rows {
         ours: &Ours,
         peer: Option<&Peer>,
     ) -> Result<()> {
-        let theirs = |time| -> Result<Option<Measured>> {
-            let end = Instant::now() + time;
+        let theirs = || -> Result<Option<Measured>> {
+            let end = Instant::now() + RUN;
             peer.map(|peer| peer.run(LOAD, || Instant::now() < end)).transpose()
         };
-        raw.run(WARM_UP)?;
-        ours.run(WARM_UP)?;
-        theirs(WARM_UP)?;
+        LOAD.once(&ours.socket, None, LOOKED_UP).context("frazil")?;
+        theirs()?;
         let (mut of_ours, mut of_theirs) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            let base = raw.run(RUN)?.cpu_us;
-            let run = ours.run(RUN)?;
+            let base = raw.run()?.cpu_us;
+            let run = ours.run()?;
             of_ours.push((run.cpu_us / base, run));
-            of_theirs.extend(theirs(RUN)?.map(|run| (run.cpu_us / base, run)));
+            of_theirs.extend(theirs()?.map(|run| (run.cpu_us / base, run)));
         }
         self.add((depth, cache, "frazil"), &of_ours, ours.opened, memory(&ours.process)?);
         if let Some(peer) = peer {
