@@ -184,7 +184,7 @@ impl Work {
             lowered.inspect_err(|_| self.freed_tables.push((at, count)))?;
         }
         self.refcounts.write_lowered(&*image.storage)?;
-        let mut released = std::mem::take(&mut self.released);
+        let released = std::mem::take(&mut self.released);
         if !released.is_empty() && !writer.keeps_freed {
             let ended = image.epochs.next();
             let mut core = writer.core();
