@@ -77,6 +77,13 @@ impl HostFile {
         reopen().context(|| format!("open {} for writing", self.path.display()))
     }
 
+    /// Keeps other programs from writing again, as before [`reopen_for_writing`](Self::reopen_for_writing): called before
+    /// what that returned is closed, if this handle is to go on alone.
+    pub fn forbid_writers(&self) {
+        // It is granted, for the writer has the same lock. If it were not, other programs could write, and nothing worse.
+        let _ = lock::forbid_writers(&self.file);
+    }
+
     fn open_with(path: &Path, how: Open, options: &mut OpenOptions) -> Result<Self> {
         let file = open_plain(path, options)?;
         lock::acquire(&file, how.writable)?;
@@ -200,9 +207,7 @@ impl Writing {
 
 impl Drop for Writing {
     fn drop(&mut self) {
-        // It is granted, for the writer, which is closed only after this, has the same lock. If it were not, other
-        // programs could write, and nothing worse.
-        let _ = lock::forbid_writers(&self.reader.file);
+        self.reader.forbid_writers();
     }
 }
 

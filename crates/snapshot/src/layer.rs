@@ -26,7 +26,7 @@ pub(crate) const MAX_PENDING: usize = 16 * 1024;
 pub(crate) const FROZEN_TABLE_BYTES: u64 = 16 << 10;
 
 /// The same of a layer that a job writes to.
-const JOB_TABLE_BYTES: u64 = 1 << 20;
+pub(crate) const JOB_TABLE_BYTES: u64 = 1 << 20;
 
 /// What a disk's metadata cache is where nobody says otherwise, in bytes.
 pub const DEFAULT_METADATA_CACHE: u64 = 64 << 20;
@@ -50,7 +50,7 @@ impl Opening {
     }
 
     /// The share of the active image's own tables.
-    fn table_bytes(self) -> u64 {
+    pub(crate) fn table_bytes(self) -> u64 {
         self.metadata_cache - self.map_bytes()
     }
 }
@@ -83,6 +83,13 @@ struct Files {
     image: Arc<HostFile>,
     /// Where its data is, if that is not in the image.
     data: Option<Arc<HostFile>>,
+}
+
+impl Files {
+    fn forbid_writers(&self) {
+        self.image.forbid_writers();
+        self.data.iter().for_each(|data| data.forbid_writers());
+    }
 }
 
 #[derive(Debug)]
@@ -172,22 +179,31 @@ impl Layer {
     /// already.
     ///
     /// Errors: [`ErrorKind::Busy`] while another program reads the image.
-    pub(crate) fn begin_writing(&self, id: &str, access: Access<'_>) -> Result<()> {
+    pub(crate) fn begin_writing(&self, id: &str, table_bytes: u64, access: Access<'_>) -> Result<()> {
         if !self.disk().read_only() {
             return Ok(());
         }
+        let before = self.open.load().files.clone();
         let reopen = |file: &HostFile| file.reopen_for_writing().map(Arc::new);
-        let files = self.open.load().files.clone();
-        let files =
-            Files { image: reopen(&files.image)?, data: files.data.as_deref().map(reopen).transpose()? };
-        let beneath = Arc::clone(&self.beneath);
-        let open = Open::new(id, &self.entry, files, beneath, JOB_TABLE_BYTES, access)?;
-        if open.disk().capacity() != self.disk().capacity() {
-            let story = format!("{} has been resized by somebody", self.entry.path.display());
-            return Err(Error::new(ErrorKind::Unsupported, story));
-        }
+        let open = reopen(&before.image).and_then(|image| {
+            let data = before.data.as_deref().map(reopen).transpose()?;
+            let opened = self.reopened(id, Files { image: Arc::clone(&image), data }, table_bytes, access);
+            // Before the new handles are closed.
+            opened.inspect_err(|_| before.forbid_writers())
+        })?;
         self.open.store(Arc::new(open));
         Ok(())
+    }
+
+    fn reopened(&self, id: &str, files: Files, table_bytes: u64, access: Access<'_>) -> Result<Open> {
+        let open = Open::new(id, &self.entry, files, Arc::clone(&self.beneath), table_bytes, access)?;
+        match open.disk().capacity() == self.disk().capacity() {
+            true => Ok(open),
+            false => {
+                let story = format!("{} has been resized by somebody", self.entry.path.display());
+                Err(Error::new(ErrorKind::Unsupported, story))
+            }
+        }
     }
 
     /// The image as a disk, with all that is beneath it.

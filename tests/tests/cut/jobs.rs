@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::{Value, json};
 
 use crate::images::{check_clean, check_sound, same};
@@ -197,5 +198,39 @@ fn commands_merge_layers_under_a_guest() {
     layers.iter().for_each(|(path, _)| check_clean(path));
     drill.served.restart();
     drill.settle();
+    drill.finish();
+}
+
+/// A host without room ends a job, with its reason, and nothing else: once there is room the delete is done.
+#[test]
+fn a_full_host_fails_a_job_and_changes_nothing() {
+    let mut drill = Drill::start("qcow2", "writeback", Mix::Stamps);
+    ["one", "two", "three"].iter().for_each(|name| drill.snapshot(name));
+    let pid = Pid::from_raw(i32::try_from(drill.served.pid()).unwrap());
+    let set = |most| drop(prlimit(pid, Resource::Fsize, Rlimit { current: most, maximum: None }).unwrap());
+    set(Some(64 << 10));
+    // The oldest: what came after it is copied into the base.
+    let arguments = json!({ "name": "one", "auto-dismiss": false });
+    let failed = drill.served.qmp().execute("snapshot-delete", arguments.clone(), |_, _| {});
+    if let Ok(begun) = failed {
+        let id = &begun["job-id"];
+        let ended = loop {
+            let job = drill.jobs().into_iter().find(|job| job["id"] == *id).unwrap();
+            if job["status"] == "concluded" {
+                break job;
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        assert!(ended["error"].is_string(), "there was room after all: {ended}");
+        drill.served.ask("job-dismiss", json!({ "id": id }));
+    }
+    set(None);
+    drill.settle();
+    drill.snapshots.remove("one");
+    drill.check_snapshots();
+    let id = drill.served.ask("snapshot-delete", arguments)["job-id"].clone();
+    drill.end(&id);
+    drill.settle();
+    drill.check_snapshots();
     drill.finish();
 }

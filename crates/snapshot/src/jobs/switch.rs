@@ -184,7 +184,8 @@ impl Work<'_> {
         if chain.is_connected() || !is_empty(top)? || beneath.disk().capacity() != top.disk().capacity() {
             return Ok(());
         }
-        beneath.begin_writing(chain.id(), Access::Write { journals: self.world.store.journals() })?;
+        let access = Access::Write { journals: self.world.store.journals() };
+        beneath.begin_writing(chain.id(), served.how.table_bytes(), access)?;
         let changed = self.world.store.update(|manifest| {
             manifest.remove_layer(chain.id(), &top.entry);
             manifest.set_sealed(chain.id(), beneath.entry.number, false);

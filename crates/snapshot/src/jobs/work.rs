@@ -20,7 +20,7 @@ use super::plan::{Segment, doomed, plan, replan};
 use super::record::{Direction, JobRecord, Move, Task};
 use super::world::World;
 use crate::group::Served;
-use crate::layer::{Access, Layer, MAX_PENDING};
+use crate::layer::{Access, JOB_TABLE_BYTES, Layer, MAX_PENDING};
 use crate::manifest::Manifest;
 use crate::model::Grade;
 
@@ -182,7 +182,8 @@ impl<'a> Work<'a> {
     }
 
     fn open_target(&self, part: &Part) -> Result<()> {
-        part.target()?.begin_writing(part.disk(), Access::Job { journals: self.world.store.journals() })
+        let access = Access::Job { journals: self.world.store.journals() };
+        part.target()?.begin_writing(part.disk(), JOB_TABLE_BYTES, access)
     }
 
     /// Writes down what is about to be done, before the first byte of it.
