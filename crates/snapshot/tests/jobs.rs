@@ -436,3 +436,30 @@ fn a_disk_with_too_many_overlays_loses_its_oldest_snapshots() {
         .collect();
     assert_eq!(expired, ["s0", "s1", "s2", "s3"]);
 }
+
+/// The disk has grown since the snapshot: the layer that takes in what came after it grows as well.
+#[test]
+fn layers_of_before_a_resize_take_in_those_of_after_it() {
+    for (connected, name) in [(true, "guest"), (false, "none")] {
+        let bench = Bench::new(&["vda"]);
+        let manager = bench.open();
+        chain(&manager, "vda").set_connected(connected);
+        stamp(&manager, "vda", 0, 1);
+        snapshot(&manager, "one");
+        stamp(&manager, "vda", 4096, 2);
+        snapshot(&manager, "two");
+        manager.resize("vda", SIZE + (1 << 20)).unwrap();
+        stamp(&manager, "vda", SIZE + 8192, 3);
+        snapshot(&manager, "three");
+        let look = || [0, 4096, SIZE, SIZE + 8192].map(|at| byte(&manager, "vda", at));
+        for deleted in ["two", "one", "three"] {
+            delete(&manager, deleted).unwrap();
+            assert_eq!(look(), [1, 2, 0, 3], "{name}: {deleted}");
+        }
+        manager.shut_down().unwrap();
+        drop(manager);
+        let manager = bench.open();
+        assert_eq!(chain(&manager, "vda").capacity(), SIZE + (1 << 20));
+        assert_eq!(byte(&manager, "vda", SIZE + 8192), 3);
+    }
+}

@@ -207,7 +207,9 @@ fn a_full_host_fails_a_job_and_changes_nothing() {
     let mut drill = Drill::start("qcow2", "writeback", Mix::Stamps);
     ["one", "two", "three"].iter().for_each(|name| drill.snapshot(name));
     let pid = Pid::from_raw(i32::try_from(drill.served.pid()).unwrap());
-    let set = |most| drop(prlimit(pid, Resource::Fsize, Rlimit { current: most, maximum: None }).unwrap());
+    let set = |most| {
+        let _ = prlimit(pid, Resource::Fsize, Rlimit { current: most, maximum: None }).unwrap();
+    };
     set(Some(64 << 10));
     // The oldest: what came after it is copied into the base.
     let arguments = json!({ "name": "one", "auto-dismiss": false });

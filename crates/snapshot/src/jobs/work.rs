@@ -213,6 +213,11 @@ impl<'a> Work<'a> {
             return Ok(());
         };
         let (target, merge) = (Arc::clone(part.target()?), part.merge(direction)?);
+        let capacity = part.layers.last().map_or(0, |highest| highest.disk().capacity());
+        if target.disk().capacity() < capacity {
+            // The disk has grown since: what a shorter layer lacks at its end reads as zeroes, and so it does now.
+            target.grow(capacity)?;
+        }
         let pulse = Arc::clone(part.served.chain.pulse());
         let (mut offset, mut buffer, mut unsynced) = (part.copied, Vec::new(), 0);
         let mut courtesy = Courtesy::default();
