@@ -66,7 +66,6 @@ mod metadata;
 mod open;
 mod packed;
 mod pending;
-mod populate;
 mod publish;
 mod read;
 mod recover;

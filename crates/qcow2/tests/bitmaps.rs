@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block::testing::MemStorage;
-use block::{ByteRange, Disk, ErrorKind, RawDisk, blocking, write_disk};
+use block::{ByteRange, Disk, ErrorKind, blocking, write_disk};
 use qcow2::{Image, Journal, Mode, Parts, Report};
 use support::{Random, assert_same, contents, memory};
 
@@ -206,18 +206,6 @@ fn bitmaps_grow_with_the_disk() {
         world.check();
         assert_same(&contents(&world.open(None).0), &read, options);
     }
-}
-
-#[test]
-fn what_is_only_brought_up_from_beneath_is_not_a_change() {
-    let mut world = World::new("cluster_size=64k");
-    let (before, beneath) = (world.dirty("follows", GRANULE), vec![5; CAPACITY as usize]);
-    let backing = Arc::new(RawDisk::new(Arc::new(MemStorage::from(beneath)), true).unwrap());
-    let (image, storage) = world.open(Some(backing));
-    blocking(|waker| image.populate(ByteRange { offset: 0, len: CAPACITY }, waker)).unwrap();
-    close(&image);
-    world.bytes = storage.bytes();
-    assert_eq!(world.dirty("follows", GRANULE), before);
 }
 
 #[test]

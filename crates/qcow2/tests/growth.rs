@@ -1,15 +1,13 @@
-//! Images that change while a guest writes them: larger disks, what is beneath brought up, other backing files.
+//! Images that change while a guest writes them: larger disks, other backing files.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::Waker;
-use std::thread;
+use std::sync::atomic::Ordering;
 
 use block::testing::{CrashStorage, FaultStorage, MemStorage};
-use block::{ByteRange, Disk, ErrorKind, Layer, Place, RawDisk, Storage, blocking, read_disk, write_disk};
+use block::{ByteRange, Disk, ErrorKind, RawDisk, Storage, read_disk, write_disk};
 use qcow2::{CreateOptions, Header, Image, Mode, Parts};
 use support::{Files, Random, Verdict, assert_same, check, contents, memory, options};
 
@@ -20,104 +18,8 @@ fn base(len: u64) -> (Vec<u8>, Arc<dyn Disk>) {
     (bytes, Arc::new(disk))
 }
 
-fn populate(image: &Image, range: ByteRange) -> u64 {
-    blocking(|waker| image.populate(range, waker)).unwrap()
-}
-
 fn read_only(files: &Files, backing: Option<Arc<dyn Disk>>) -> Image {
     Image::open(Parts::new(files.image.clone(), backing), Mode::ReadOnly).unwrap()
-}
-
-#[test]
-fn what_is_brought_up_is_needed_from_below_no_more() {
-    for extended in [false, true] {
-        let capacity = 1_000_001;
-        let (mut expected, base) = base(700_000 / 512 * 512);
-        expected.resize(capacity as usize, 0);
-        let storage = memory();
-        let files = Files::new(storage.clone(), &options(capacity, 16, extended));
-        let image = files.open(Some(base)).unwrap();
-        write_disk(&image, 70_000, &[0xaa; 9000]).unwrap();
-        expected[70_000..79_000].fill(0xaa);
-        blocking(|waker| image.discard(ByteRange { offset: 1 << 17, len: 1 << 16 }, waker)).unwrap();
-        expected[1 << 17..3 << 16].fill(0);
-        let all = ByteRange { offset: 0, len: capacity };
-        let copied = populate(&image, all);
-        assert!((400_000..700_000).contains(&copied), "{copied}");
-        assert_eq!(populate(&image, all), 0);
-        image.seal();
-        image.flush().run().unwrap();
-        assert_same(&contents(&image), &expected, "above");
-        assert_same(&contents(&read_only(&files, None)), &expected, "on its own");
-        assert_eq!(check(&storage.bytes()), Verdict::default());
-    }
-}
-
-#[test]
-fn only_the_range_is_brought_up_and_zeroes_take_no_room() {
-    let (_, base) = base(1 << 20);
-    let files = Files::new(memory(), &options(1 << 20, 17, true));
-    let image = files.open(Some(base)).unwrap();
-    // From the middle of one subcluster to the middle of another: both are brought up as a whole.
-    assert_eq!(populate(&image, ByteRange { offset: 6000, len: 4000 }), 8192);
-    let place = |offset| image.run_at(ByteRange { offset, len: 4096 }).unwrap().place;
-    assert!(matches!(
-        [0, 4096, 8192, 12288].map(place),
-        [Place::Absent, Place::Data(_), Place::Data(_), Place::Absent]
-    ));
-    assert_eq!(populate(&image, ByteRange { offset: 3 << 15, len: 1 << 15 }), 0);
-    assert_eq!(place(3 << 15), Place::Zero);
-}
-
-#[test]
-fn a_guest_writes_while_what_is_beneath_is_brought_up() {
-    for seed in 0..6 {
-        let capacity = 1 << 20;
-        let (mut expected, base) = base(capacity);
-        let files = Files::new(memory(), &options(capacity, 16, seed % 2 == 0));
-        let parts = Parts { cache_bytes: 0, ..Parts::new(files.image.clone(), Some(base)) };
-        let image = files.open_parts(parts).unwrap();
-        let over = AtomicBool::new(false);
-        thread::scope(|scope| {
-            let job = scope.spawn(|| {
-                let mut random = Random(seed);
-                while !over.load(Ordering::Relaxed) {
-                    let (offset, len) = random.range(capacity);
-                    populate(&image, ByteRange { offset, len });
-                }
-                populate(&image, ByteRange { offset: 0, len: capacity });
-            });
-            let mut random = Random(seed + 100);
-            for _ in 0..2000 {
-                let (offset, len) = (random.below(capacity / 512) * 512, 512);
-                let range = ByteRange { offset, len };
-                let value = random.next() as u8;
-                if value < 64 {
-                    blocking(|waker| image.write_zeroes(range, true, waker)).unwrap();
-                } else {
-                    write_disk(&image, offset, &[value; 512]).unwrap();
-                }
-                expected[offset as usize..][..512].fill(if value < 64 { 0 } else { value });
-            }
-            over.store(true, Ordering::Relaxed);
-            job.join().unwrap();
-        });
-        image.flush().run().unwrap();
-        assert_same(&contents(&read_only(&files, None)), &expected, &format!("seed {seed}"));
-    }
-}
-
-#[test]
-fn bringing_up_waits_for_a_write_in_the_same_subcluster() {
-    let (_, base) = base(1 << 20);
-    let files = Files::new(memory(), &options(1 << 20, 17, true));
-    let image = files.open(Some(base)).unwrap();
-    let write = ByteRange { offset: 512, len: 512 };
-    let guard = blocking(|waker| image.resolve_write(write, waker, &mut Vec::new())).unwrap();
-    let all = ByteRange { offset: 0, len: 4096 };
-    assert!(image.populate(all, Waker::noop()).is_pending());
-    guard.complete().unwrap();
-    assert_eq!(populate(&image, all), 0);
 }
 
 /// What is past the old end must not show, neither of the layer beneath nor of the last cluster.
