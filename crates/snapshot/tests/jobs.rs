@@ -170,8 +170,9 @@ fn rounds(seed: u64, count: usize, counts: &mut Counts) {
             assert!(content(&manager) == oracle, "seed {seed}, round {round}: lost by a restart");
         }
     }
-    let layers = manager.disks()[0].layers.clone();
+    // Jobs have ended by then, those that nobody asked for included.
     manager.shut_down().unwrap();
+    let layers = manager.disks()[0].layers.clone();
     drop(manager);
     for layer in layers.iter().filter(|layer| layer.path.extension().is_some_and(|end| end == "qcow2")) {
         check(&layer.path);
@@ -462,4 +463,32 @@ fn layers_of_before_a_resize_take_in_those_of_after_it() {
         assert_eq!(chain(&manager, "vda").capacity(), SIZE + (1 << 20));
         assert_eq!(byte(&manager, "vda", SIZE + 8192), 3);
     }
+}
+
+/// The base image had a backing file of its own: what was only in that would be gone with the base.
+#[test]
+fn a_disk_made_independent_of_its_base_is_so_of_what_is_beneath_that() {
+    let mut bench = Bench::new(&["vda"]);
+    let (beneath, base) = (bench.path("base-vda.raw"), bench.path("base.qcow2"));
+    let file = std::fs::File::options().write(true).open(&beneath).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[5; 4096], 8192).unwrap();
+    let mut create = std::process::Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base-vda.raw"]).arg(&base);
+    assert!(create.status().expect("qemu-img is needed: run `make deps`").success());
+    (bench.disks[0].path, bench.disks[0].format) = (base, snapshot::ImageFormat::Qcow2);
+    let manager = bench.open();
+    stamp(&manager, "vda", 0, 1);
+    chain(&manager, "vda").set_connected(true);
+    let request = StreamRequest { device: "vda".to_owned(), options: kept(), ..StreamRequest::default() };
+    // The base itself is the active layer: one that can be streamed into is put on it.
+    snapshot(&manager, "one");
+    delete(&manager, "one").unwrap();
+    let id = manager.stream(request).unwrap();
+    finish(&manager, &id).unwrap();
+    assert!(manager.disks()[0].layers.iter().all(|layer| !layer.path.ends_with("base.qcow2")));
+    assert_eq!([0, 8192].map(|at| byte(&manager, "vda", at)), [1, 5]);
+    manager.shut_down().unwrap();
+    drop(manager);
+    std::fs::remove_file(beneath).unwrap();
+    assert_eq!([0, 8192].map(|at| byte(&bench.open(), "vda", at)), [1, 5]);
 }

@@ -76,7 +76,12 @@ impl Part {
     }
 
     fn merge(&self, direction: Direction) -> Result<Merge> {
-        let layers: Vec<_> = self.layers.iter().map(|layer| Arc::clone(layer) as _).collect();
+        // A base image goes with the backing files of its own: nothing of the chain names them any more.
+        let takes_all = direction == Direction::Up && self.on_nothing;
+        let own =
+            self.layers.first().filter(|_| takes_all).map(|base| base.own_backing()).unwrap_or_default();
+        let layers: Vec<_> =
+            own.into_iter().chain(self.layers.iter().map(|layer| Arc::clone(layer) as _)).collect();
         Merge::new(&layers, direction, self.on_nothing)
     }
 
