@@ -34,7 +34,7 @@ use crate::lock;
 /// Room is reserved in pieces of so many bytes.
 const STEP: u64 = 1 << 20;
 
-/// A file whose writes are copies to memory where the file system allows it. See the [module](self) for what that asks.
+/// A file whose writes are copies to memory where the file system allows it. The module says what that asks.
 ///
 /// Its [`len`](Storage::len) is what is reserved, a multiple of 1 MiB. It can not shrink, and has no holes.
 #[derive(Debug)]
