@@ -111,6 +111,8 @@ pub(crate) enum Beneath<'a> {
 pub(crate) enum Access<'a> {
     /// To be read, beneath others.
     Read,
+    /// To be the active layer of a disk that is only read.
+    ReadActive,
     /// To be the active layer, with its journal in this folder.
     Write {
         /// The state directory's folder of journals.
@@ -123,6 +125,12 @@ pub(crate) enum Access<'a> {
     },
 }
 
+impl Access<'_> {
+    fn is_writing(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Job { .. })
+    }
+}
+
 impl Layer {
     /// Opens the image of `entry` over what is beneath it. What a base image names in its header is opened too,
     /// read-only.
@@ -133,8 +141,7 @@ impl Layer {
         how: Opening,
         access: Access<'_>,
     ) -> Result<Self> {
-        let writable = !matches!(access, Access::Read);
-        let open_how = hostio::Open { writable, cache: how.cache };
+        let open_how = hostio::Open { writable: access.is_writing(), cache: how.cache };
         let file = Arc::new(HostFile::open(&entry.path, open_how)?);
         let (beneath, data_file) = match (beneath, entry.format) {
             (Beneath::Layers(stack), _) => (stack, None),
@@ -146,7 +153,10 @@ impl Layer {
                 (Arc::new(Stack::new(named.layers, how.map_bytes())), named.data_file)
             }
         };
-        let table_bytes = if writable { how.table_bytes() } else { FROZEN_TABLE_BYTES };
+        let table_bytes = match access {
+            Access::Read => FROZEN_TABLE_BYTES,
+            _ => how.table_bytes(),
+        };
         let files = Files { image: file, data: data_file };
         let open = Open::new(id, entry, files, Arc::clone(&beneath), table_bytes, access)?;
         Ok(Self { entry: entry.clone(), open: ArcSwap::from_pointee(open), beneath })
@@ -294,12 +304,12 @@ impl Open {
     ) -> Result<Self> {
         let content = match entry.format {
             ImageFormat::Raw => {
-                let read_only = matches!(access, Access::Read);
+                let read_only = !access.is_writing();
                 Content::Raw(Arc::new(RawDisk::new(Arc::clone(&files.image) as _, read_only)?))
             }
             ImageFormat::Qcow2 => {
                 let mode = match access {
-                    Access::Read => Mode::ReadOnly,
+                    Access::Read | Access::ReadActive => Mode::ReadOnly,
                     Access::Write { journals } => Mode::Writable(journals.open(id, entry.number)?),
                     Access::Job { journals } => Mode::Job(journals.open(id, entry.number)?),
                 };

@@ -203,7 +203,11 @@ impl Store {
             if !is_writable && !entry.sealed {
                 self.recover(id, entry, beneath.clone())?;
             }
-            let access = if is_writable { Access::Write { journals: &self.journals } } else { Access::Read };
+            let access = match writable {
+                Some(writable) if writable == index => Access::Write { journals: &self.journals },
+                None if index + 1 == count => Access::ReadActive,
+                _ => Access::Read,
+            };
             let layer = Arc::new(Layer::open(id, entry, beneath, how, access)?);
             let stack = if is_writable { layer.view() } else { layer.stack() };
             beneath = Beneath::Layers(Arc::new(stack));
