@@ -45,6 +45,6 @@ pub trait Layer: Disk {
     /// A run of a layer that is being written may be out of date as soon as it is returned.
     fn run_at(&self, range: ByteRange) -> Result<Run>;
 
-    /// Where the bytes of [`Place::Data`] are.
+    /// Where the bytes of [`Place::Data`] are: one file, as long as the layer is open. Whoever has it may keep it.
     fn data(&self) -> Arc<dyn Storage>;
 }

@@ -42,7 +42,9 @@ use std::task::{Poll, Waker};
 
 use arc_swap::ArcSwap;
 
-use crate::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Layer, Result, Source, WriteGuard};
+use crate::{
+    ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Layer, Result, Source, Storage, WriteGuard,
+};
 use map::{Map, Segment};
 use runs::{Found, Runs};
 
@@ -62,6 +64,9 @@ pub struct Stack(ArcSwap<View>);
 struct View {
     /// The base first.
     layers: Vec<Arc<dyn Layer>>,
+    /// Where the data of each is: with it at hand, a hit touches nothing of the layer itself, which in a long chain would
+    /// be cold memory.
+    data: Vec<Arc<dyn Storage>>,
     map: Arc<Map>,
 }
 
@@ -72,7 +77,7 @@ impl Stack {
     /// Its capacity is that of the last layer; without layers it is empty. Layers may differ in size: zeroes follow
     /// the end of a shorter one, and what a longer one has past that end is not seen.
     pub fn new(layers: Vec<Arc<dyn Layer>>, cache_bytes: u64) -> Self {
-        Self(ArcSwap::from_pointee(View { layers, map: Arc::new(Map::new(cache_bytes)) }))
+        Self(ArcSwap::from_pointee(View::new(layers, Arc::new(Map::new(cache_bytes)))))
     }
 
     /// The same with one more layer on top. The map is shared: what either finds out serves both.
@@ -83,7 +88,7 @@ impl Stack {
     pub fn with_layer(&self, top: Arc<dyn Layer>) -> Self {
         let view = self.0.load();
         let layers = view.layers.iter().cloned().chain([top]).collect();
-        Self(ArcSwap::from_pointee(View { layers, map: Arc::clone(&view.map) }))
+        Self(ArcSwap::from_pointee(View::new(layers, Arc::clone(&view.map))))
     }
 
     /// Shows from now on what `other` shows, which reads the same, and shares its map. Reads under way go on with the
@@ -99,6 +104,11 @@ impl Stack {
 }
 
 impl View {
+    fn new(layers: Vec<Arc<dyn Layer>>, map: Arc<Map>) -> Self {
+        let data = layers.iter().map(|layer| layer.data()).collect();
+        Self { layers, data, map }
+    }
+
     fn capacity(&self) -> u64 {
         self.layers.last().map_or(0, |top| top.capacity())
     }
@@ -202,7 +212,7 @@ impl View {
         match found {
             Found::Zero => Some(Extent { len, source: Source::Zero }),
             Found::Data { layer, offset } => {
-                let storage = self.layers.get(layer)?.data();
+                let storage = Arc::clone(self.data.get(layer)?);
                 Some(Extent { len, source: Source::File { storage, offset } })
             }
             Found::Packed { .. } => None,
