@@ -40,8 +40,9 @@ pub(crate) struct Refcounts {
 /// A larger table that the header does not name yet, for sure.
 #[derive(Debug)]
 struct Grown {
-    /// Where the table was before, and its length in clusters.
-    old: (HostOffset, u64),
+    /// Where the table was before, and its length in clusters; and larger ones that were made since and are too short by
+    /// now. The header may name any of them.
+    old: Vec<(HostOffset, u64)>,
     /// Whether the header may name the new one already: then it is written like any other.
     exposed: bool,
 }
@@ -175,7 +176,8 @@ impl Refcounts {
         while let Some((&cluster, _)) = self.raised.range(next..).next() {
             let block = cluster / self.per_block();
             if block >= self.table.len() as u64 {
-                self.grow(image, block)?;
+                let last = self.raised.last_key_value().map_or(cluster, |(last, _)| *last);
+                self.grow(image, last / self.per_block())?;
             }
             if self.table.get(block as usize) == Some(&0) {
                 self.make_block(image, block as usize)?;
@@ -203,15 +205,17 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Makes the table larger, so that it has an entry for `block` and for what it takes to grow.
+    /// Makes the table larger, so that it has an entry for `block`, and for what it takes to grow.
     fn grow(&mut self, image: &Inner, block: u64) -> Result<()> {
         let size = self.geometry.cluster_size();
         let bytes = ((block + 1) * 8 * 3 / 2).next_multiple_of(size).min(MAX_REFCOUNT_TABLE_BYTES);
-        if bytes / 8 <= block || self.grown.is_some() {
+        if bytes / 8 <= block {
             return Err(Error::new(ErrorKind::NoSpace, "the refcount table can grow no more"));
         }
         let at = image.take_table(bytes / size)?;
-        let old = (self.at, (self.table.len() as u64 * 8).div_ceil(size));
+        // One that grew in a flush that failed is counted like any other, and goes with the others.
+        let mut old = self.grown.take().map_or_else(Vec::new, |grown| grown.old);
+        old.push((self.at, (self.table.len() as u64 * 8).div_ceil(size)));
         self.at = at;
         self.table.resize((bytes / 8) as usize, 0);
         self.grown = Some(Grown { old, exposed: false });
@@ -273,13 +277,13 @@ impl Refcounts {
         written.context(|| "write the refcount table").map(|()| true)
     }
 
-    /// What was named last is on stable storage. Returns the clusters of a table that is no more.
-    pub(crate) fn linked(&mut self) -> Option<(HostOffset, u64)> {
+    /// What was named last is on stable storage. Returns the clusters of tables that are no more.
+    pub(crate) fn linked(&mut self) -> Vec<(HostOffset, u64)> {
         match self.grown.take() {
-            Some(grown) => Some(grown.old),
+            Some(grown) => grown.old,
             None => {
                 self.unlinked.pop_last();
-                None
+                Vec::new()
             }
         }
     }
