@@ -102,8 +102,12 @@ impl Counts {
     fn cells(&self, range: Range<u64>) -> impl Iterator<Item = (u64, u32)> {
         let chunks =
             self.chunks.range(range.start / CHUNK..range.end.div_ceil(CHUNK).max(range.start / CHUNK));
-        let cells = chunks.flat_map(|(chunk, cells)| (chunk * CHUNK..).zip(cells.iter().copied()));
-        cells.filter(move |(cluster, _)| range.contains(cluster))
+        chunks.flat_map(move |(chunk, cells)| {
+            let first = chunk * CHUNK;
+            let from = range.start.saturating_sub(first) as usize;
+            let to = range.end.saturating_sub(first).min(CHUNK) as usize;
+            (first + from as u64..).zip(cells.get(from..to).unwrap_or(&[]).iter().copied())
+        })
     }
 }
 

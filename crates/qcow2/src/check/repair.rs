@@ -61,16 +61,20 @@ pub(super) fn recount(storage: &dyn Storage, header: &Header, budget: usize) -> 
 /// Writes those refcounts that `counts` knows and that are other than on disk.
 fn write_counts(storage: &dyn Storage, walk: &Walk<'_>, plan: &Plan, counts: &Counts) -> Result<()> {
     let per_block = walk.per_block();
+    let end = walk.file_end() >> walk.cluster_bits();
     for (&index, &at) in &plan.blocks {
         let clusters = clamp(index * per_block..(index + 1) * per_block, &counts.range());
-        if clusters.is_empty() {
+        // What is past the end, and named by nothing, need not be zero: see `compare`.
+        let middle = clusters.end.min(end).max(clusters.start);
+        let inside = (clusters.start..middle).map(|cluster| (cluster, counts.get(cluster)));
+        let mut values = inside.chain(counts.named(middle..clusters.end)).peekable();
+        if values.peek().is_none() {
             continue;
         }
         let before = walk.read_block(at)?;
         let mut bytes = before.clone();
-        for cluster in clusters {
-            let value = u64::from(counts.get(cluster));
-            walk.width().set(&mut bytes, (cluster % per_block) as usize, value)?;
+        for (cluster, times) in values {
+            walk.width().set(&mut bytes, (cluster % per_block) as usize, u64::from(times))?;
         }
         if bytes != before {
             storage.write_at(&bytes, at.0)?;

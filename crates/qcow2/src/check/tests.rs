@@ -132,6 +132,24 @@ fn entries_that_make_no_sense_are_found() {
     }
 }
 
+/// A block of such an image counts 16 million clusters, and its table names a million blocks.
+#[test]
+fn a_table_that_names_one_block_a_million_times_takes_no_longer() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut image = make(folder.path(), "cluster_size=2M,refcount_bits=1", &[]);
+    let header = header_of(&image);
+    let block = image[header.refcount_table.0 as usize..][..8].to_vec();
+    let end = image.len().next_multiple_of(2 << 20);
+    image.resize(end, 0);
+    image[48..56].copy_from_slice(&(end as u64).to_be_bytes());
+    image[56..60].copy_from_slice(&4_u32.to_be_bytes());
+    image.extend(block.repeat(1 << 20));
+    let (told, hear) = std::sync::mpsc::channel();
+    std::thread::spawn(move || told.send(check(&MemStorage::from(image)).unwrap().broken));
+    let broken = hear.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+    assert!(broken > 0);
+}
+
 /// An image with lazy refcounts whose writer was killed, and what its disk reads.
 fn killed(folder: &Path, options: &str, commands: &[&str]) -> (Vec<u8>, Vec<u8>) {
     let options = format!("lazy_refcounts=on,{options}");
