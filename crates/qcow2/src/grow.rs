@@ -97,7 +97,15 @@ impl Inner {
             self.storage.write_at(&bytes, at.0).context(|| "write a longer L1 table")?;
             work.refcounts.raise(at, clusters);
             self.settle_counts(writer, work)?;
-            header_update::write_mapping(&*self.storage, self.capacity(), at, entries as u32)?;
+            if let Err(error) =
+                header_update::write_mapping(&*self.storage, self.capacity(), at, entries as u32)
+            {
+                // It may name the new table all the same, which nobody keeps up.
+                let back =
+                    header_update::write_mapping(&*self.storage, self.capacity(), work.l1, work.l1_entries);
+                writer.latch_if(back.is_err());
+                return Err(error);
+            }
             self.sync(writer)?;
             let old = (work.l1, (u64::from(work.l1_entries) * 8).div_ceil(size));
             (work.l1, work.l1_entries) = (at, entries as u32);

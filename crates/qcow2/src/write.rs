@@ -82,30 +82,48 @@ impl Inner {
         let mut core = writer.core();
         let mut claims = Vec::with_capacity(1);
         let mut homes = Homes { image: self, epoch, out, run: None };
-        for (cluster, piece) in self.geometry.pieces(range) {
-            let old = self.entry(&core, cluster)?;
-            match self.wanted(cluster, piece, old) {
-                None => homes.push(old.home.offset(), piece),
-                Some(claim) if core.claims.conflict(cluster, claim.shared, claim.exclusive) => {
-                    core.claims.wait(waker);
-                    self.give_back(&mut core, &claims);
-                    return Ok(None);
-                }
-                Some(claim) => match self.home_for(&mut core, &claim) {
-                    Ok(home) => {
-                        claims.push(Claim { home, ..claim });
-                        homes.push(Some(home), piece);
-                    }
-                    Err(error) => {
-                        self.give_back(&mut core, &claims);
-                        return Err(error);
-                    }
-                },
+        match self.find_homes(&mut core, range, waker, &mut claims, &mut homes) {
+            Ok(true) => {
+                homes.end();
+                let owner = core.claims.hold(&claims);
+                Ok(Some(Allocating { image: Arc::clone(self), owner, claims, held: true }))
+            }
+            Ok(false) => {
+                self.give_back(&mut core, &claims);
+                Ok(None)
+            }
+            Err(error) => {
+                self.give_back(&mut core, &claims);
+                Err(error)
             }
         }
-        homes.end();
-        let owner = core.claims.hold(&claims);
-        Ok(Some(Allocating { image: Arc::clone(self), owner, claims, held: true }))
+    }
+
+    /// Adds to `claims` what a write of `range` is to hold. `false` if it has to wait; whatever comes of it, the claims so
+    /// far have their homes.
+    fn find_homes(
+        &self,
+        core: &mut Core,
+        range: ByteRange,
+        waker: &Waker,
+        claims: &mut Vec<Claim>,
+        homes: &mut Homes<'_>,
+    ) -> Result<bool> {
+        for (cluster, piece) in self.geometry.pieces(range) {
+            let old = self.entry(core, cluster)?;
+            let Some(claim) = self.wanted(cluster, piece, old) else {
+                homes.push(old.home.offset(), piece);
+                continue;
+            };
+            if core.claims.conflict(cluster, claim.shared, claim.exclusive) {
+                core.claims.wait(waker);
+                return Ok(false);
+            }
+            let home = self.home_for(core, &claim)?;
+            claims.push(Claim { home, ..claim });
+            homes.push(Some(home), piece);
+        }
+        Ok(true)
     }
 
     /// What a write of `piece` would publish, as things are now. Its home is the one that there is, if any.

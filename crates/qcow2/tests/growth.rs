@@ -81,7 +81,11 @@ fn power_lost_while_growing_leaves_the_old_size_or_the_new_one() {
         write_disk(&image, 0, &[7; 4096]).unwrap();
         image.flush().run().unwrap();
         // The power goes after so many syncs.
-        let stop = Arc::new(StopsSyncing { inner: storage.clone(), left: (seed / 2 % 10).into() });
+        let stop = Arc::new(StopsSyncing {
+            inner: storage.clone(),
+            left: (seed / 2 % 10).into(),
+            lies: false.into(),
+        });
         let parts = Parts::new(stop, Some(base.clone()));
         let image = files.open_parts(parts).unwrap();
         let grown = image.grow(9 << 40);
@@ -104,10 +108,30 @@ fn power_lost_while_growing_leaves_the_old_size_or_the_new_one() {
     assert!(sizes.iter().all(|count| *count > 3), "{sizes:?}");
 }
 
+/// The header may name the longer L1 table then, and what is flushed later goes to the old one.
+#[test]
+fn a_disk_that_could_not_grow_keeps_what_is_written_later() {
+    let storage = Arc::new(CrashStorage::new());
+    let files = Files::new(storage.clone(), &options(1 << 20, 16, false));
+    let lies = StopsSyncing { inner: storage.clone(), left: u64::MAX.into(), lies: true.into() };
+    let image = files.open_parts(Parts::new(Arc::new(lies), None)).unwrap();
+    assert_eq!(image.grow(5 << 40).unwrap_err().kind(), ErrorKind::Io);
+    write_disk(&image, 0, &[7; 4096]).unwrap();
+    image.flush().run().unwrap();
+    let left = Arc::new(storage.after_power_loss(|| true));
+    let image = Image::open(Parts::new(left, None), Mode::ReadOnly).unwrap();
+    assert_eq!(image.capacity(), 1 << 20);
+    let mut found = [0; 4096];
+    read_disk(&image, 0, &mut found).unwrap();
+    assert_eq!(found, [7; 4096]);
+}
+
 #[derive(Debug)]
 struct StopsSyncing {
     inner: Arc<CrashStorage>,
     left: std::sync::atomic::AtomicU64,
+    /// Whether the next write of the disk's size says that it failed, though it did not.
+    lies: std::sync::atomic::AtomicBool,
 }
 
 impl Storage for StopsSyncing {
@@ -116,7 +140,11 @@ impl Storage for StopsSyncing {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> block::Result<()> {
-        self.inner.write_at(buf, offset)
+        self.inner.write_at(buf, offset)?;
+        match offset == 24 && self.lies.swap(false, Ordering::SeqCst) {
+            true => Err(block::Error::new(ErrorKind::Io, "injected: written, and said not to be")),
+            false => Ok(()),
+        }
     }
 
     fn sync(&self) -> block::Result<()> {

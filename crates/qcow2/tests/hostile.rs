@@ -198,3 +198,27 @@ fn ranges_past_the_end_and_files_in_use_are_refused() {
     assert_eq!(again.unwrap_err().kind(), ErrorKind::InvalidInput);
     assert!(files.image.len().unwrap() > 0);
 }
+
+/// A write that goes on into a part of the disk that can not be read fails, and takes no room with it each time.
+#[test]
+fn writes_that_fail_at_a_broken_table_take_no_room() {
+    // A table of such an image maps 512 MiB; a slice of it 32.
+    let storage = memory();
+    let files = Files::new(storage.clone(), &options(1 << 30, 16, false));
+    let image = files.open(None).unwrap();
+    write_disk(&image, (32 << 20) - 65536, &[7; 65536 + 512]).unwrap();
+    image.flush().run().unwrap();
+    let mut bytes = storage.bytes();
+    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l2 = word(&bytes, word(&bytes, 40) as usize) as usize & 0x00ff_ffff_ffff_fe00;
+    bytes = with(&bytes, l2 + 4096, &(1_u64 << 63 | 1 << 40).to_be_bytes());
+    let broken = Arc::new(MemStorage::from(bytes));
+    let image = Files { image: broken.clone(), journal: [memory(), memory()] }.open(None).unwrap();
+    let end = broken.bytes().len();
+    for _ in 0..100 {
+        let error = write_disk(&image, (32 << 20) - 131_072, &[8; 196_608]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+    }
+    write_disk(&image, 0, &[9; 65536]).unwrap();
+    assert_eq!(broken.bytes().len(), end + 65536);
+}
