@@ -33,6 +33,8 @@ pub struct Chain {
     active: ArcSwapOption<Active>,
     /// The base first, the active layer last. Held only by the control plane.
     layers: Mutex<Vec<Arc<Layer>>>,
+    /// Held by whoever does the seal of a layer.
+    seals: Mutex<()>,
 }
 
 #[derive(Debug)]
@@ -59,6 +61,7 @@ impl Chain {
             connected: AtomicBool::new(false),
             active: ArcSwapOption::empty(),
             layers: Mutex::default(),
+            seals: Mutex::default(),
         };
         chain.attach(layers)?;
         Ok(chain)
@@ -114,6 +117,12 @@ impl Chain {
         self.active.store(Some(Arc::new(active)));
         layers.push(overlay);
         Some(frozen)
+    }
+
+    /// The turn to do the seal of this chain's layer, to be had before it is looked for. Two who sync it at once would both
+    /// take away its journal and its lock, the second when a job may have begun to write to it.
+    pub(crate) fn turn_to_seal(&self) -> MutexGuard<'_, ()> {
+        self.seals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The layer whose snapshot is taken and whose sync is not done.

@@ -135,6 +135,7 @@ impl PivotedLayers for PivotedGroup {
 
 /// Syncs the layer of the last snapshot, if that is still to be done.
 pub(crate) fn seal(store: &Store, chain: &Chain) -> Result<()> {
+    let _turn = chain.turn_to_seal();
     let Some(layer) = chain.sealing() else { return Ok(()) };
     layer.flush()?;
     store.layer_sealed(chain.id(), &layer)?;

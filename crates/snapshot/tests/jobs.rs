@@ -465,6 +465,54 @@ fn layers_of_before_a_resize_take_in_those_of_after_it() {
     }
 }
 
+/// A job is called off after it had its target grow, past the layer above that. The layers can be merged all the same.
+#[test]
+fn a_layer_that_grew_for_a_job_that_was_called_off_is_merged_later() {
+    let larger = SIZE + (4 << 20);
+    for restarted in [false, true] {
+        let bench = Bench::new(&["vda"]);
+        let mut manager = bench.open();
+        chain(&manager, "vda").set_connected(true);
+        stamp(&manager, "vda", 0, 1);
+        let commit = |manager: &Manager, speed| {
+            let (device, options) = ("vda".to_owned(), JobOptions { speed, ..kept() });
+            manager.commit(CommitRequest { device, options, ..CommitRequest::default() }).unwrap()
+        };
+        (0..8).for_each(|place| stamp(&manager, "vda", place << 20, 2));
+        snapshot(&manager, "one");
+        (0..8).for_each(|place| stamp(&manager, "vda", (place << 20) + 4096, 3));
+        snapshot(&manager, "two");
+        manager.resize("vda", larger).unwrap();
+        (0..4).for_each(|place| stamp(&manager, "vda", SIZE + (place << 20), 4));
+        manager.shut_down().unwrap();
+        drop(manager);
+        forget_some(&bench, &mut BTreeMap::new(), &mut Dice(1));
+        manager = bench.open();
+        chain(&manager, "vda").set_connected(true);
+        let before = (0..larger >> 12).map(|page| byte(&manager, "vda", page << 12)).collect::<Vec<_>>();
+        let mut id = commit(&manager, 4096);
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while std::fs::metadata(bench.path("base-vda.raw")).unwrap().len() < larger {
+            assert!(std::time::Instant::now() < deadline, "{:?}", manager.jobs());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if restarted {
+            manager.shut_down().unwrap();
+            drop(manager);
+            manager = bench.open();
+            chain(&manager, "vda").set_connected(true);
+            manager.set_job_speed(&id, 0).unwrap();
+        } else {
+            manager.cancel_job(&id).unwrap();
+            finish(&manager, &id).unwrap_err();
+            id = commit(&manager, 0);
+        }
+        finish(&manager, &id).unwrap();
+        let after = (0..larger >> 12).map(|page| byte(&manager, "vda", page << 12)).collect::<Vec<_>>();
+        assert!(before == after, "the disk has changed");
+    }
+}
+
 /// The base image had a backing file of its own: what was only in that would be gone with the base.
 #[test]
 fn a_disk_made_independent_of_its_base_is_so_of_what_is_beneath_that() {

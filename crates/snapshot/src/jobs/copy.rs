@@ -39,16 +39,15 @@ pub(crate) struct Merge {
 impl Merge {
     /// Of `layers`, the lowest first, at least two. `on_nothing` if nothing will be beneath the one that stays.
     ///
-    /// Errors: [`ErrorKind::Unsupported`] if one is smaller than one beneath it, for then the one that stays would show
+    /// Errors: [`ErrorKind::Unsupported`] if the lowest is larger than the highest and is to stay: in time it would show
     /// what was out of sight.
     pub(crate) fn new(layers: &[Arc<dyn Layer>], direction: Direction, on_nothing: bool) -> Result<Self> {
-        let shrinks = |pair: &[Arc<dyn Layer>]| pair[0].capacity() > pair[1].capacity();
         let (Some((lowest, above)), Some((highest, beneath))) = (layers.split_first(), layers.split_last())
         else {
             return Err(Error::new(ErrorKind::InvalidInput, "no layers to merge"));
         };
-        if layers.windows(2).any(shrinks) {
-            let story = "a layer is smaller than one beneath it: somebody has resized one of them";
+        if direction == Direction::Down && lowest.capacity() > highest.capacity() {
+            let story = "a layer is smaller than the one that it is to be merged into: somebody has resized one of them";
             return Err(Error::new(ErrorKind::Unsupported, story));
         }
         let (target, sources) = match direction {
@@ -122,8 +121,7 @@ impl Merge {
         }
         for (index, source) in self.sources.iter().enumerate() {
             let Some(known) = rest.intersect(ByteRange { offset: 0, len: source.capacity() }) else {
-                // Past the end of this one. Those beneath it are no longer, so it is zeroes.
-                break;
+                return self.past_end(rest, index);
             };
             let run = source.run_at(known)?;
             rest = run.range;
@@ -150,6 +148,28 @@ impl Merge {
         }
         let solid = data.map_or(u64::MAX, |data| data.end() - at);
         Ok((shorter(piece, longest.min(solid)), Action::Copy(index)))
+    }
+
+    /// A piece past the end of a source: zeroes, whatever is beneath.
+    fn past_end(&self, piece: ByteRange, index: usize) -> Result<(ByteRange, Action)> {
+        let beneath = self.sources.get(index + 1..).unwrap_or_default();
+        match self.direction {
+            // One beneath is longer: a job that was called off had it grow.
+            Direction::Up if beneath.iter().any(|layer| layer.capacity() > piece.offset) => {
+                Ok((piece, self.zero()))
+            }
+            Direction::Up => Ok((piece, Action::Nothing)),
+            // The target as well, unless it is about to grow.
+            Direction::Down => {
+                let Some(known) = piece.intersect(ByteRange { offset: 0, len: self.target.capacity() })
+                else {
+                    return Ok((piece, Action::Nothing));
+                };
+                let run = self.target.run_at(known)?;
+                let shows = matches!(run.place, Place::Data(_) | Place::Packed);
+                Ok((run.range, if shows { Action::Zero } else { Action::Nothing }))
+            }
+        }
     }
 
     fn zero(&self) -> Action {
