@@ -84,7 +84,7 @@ impl Message {
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
         if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
-            return Err(io::Error::other("a message with too many descriptors"));
+            return Err(too_many_fds());
         }
         let mut rest = self.bytes.as_slice();
         while !rest.is_empty() {
@@ -134,6 +134,10 @@ fn fill(from: BorrowedFd<'_>, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::R
                 fds.extend(found);
             }
         }
+        // Each piece of a message may bring some: a front-end must not make us hold all that the process may have.
+        if fds.len() > MAX_FDS {
+            return Err(too_many_fds());
+        }
         match (received, done) {
             (0, 0) => return Ok(false),
             (0, _) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -141,6 +145,10 @@ fn fill(from: BorrowedFd<'_>, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::R
         }
     }
     Ok(true)
+}
+
+fn too_many_fds() -> io::Error {
+    io::Error::other("a message with too many descriptors")
 }
 
 #[cfg(test)]
@@ -185,6 +193,19 @@ mod tests {
         while tell_config_change(&kept[0]).is_ok() {}
         let full = tell_config_change(&kept[0]).unwrap_err();
         assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "one that does not read would hold us up");
+    }
+
+    #[test]
+    fn descriptors_are_counted_over_all_pieces_of_a_message() {
+        let (front, outer) = UnixStream::pair().unwrap();
+        let (_framework, inner) = UnixStream::pair().unwrap();
+        let message = header(5, 8);
+        for byte in message.chunks(1).take(2) {
+            let fds = (0..MAX_FDS - 1).map(|_| front.as_fd().try_clone_to_owned().unwrap()).collect();
+            Message { bytes: byte.to_vec(), fds }.send(front.as_fd()).unwrap();
+        }
+        let ended = run(&outer, &inner, drop).unwrap_err();
+        assert_eq!(ended.to_string(), "a message with too many descriptors");
     }
 
     #[test]
