@@ -281,14 +281,19 @@ impl Inner {
         }
         for entry in ready {
             let (own, thread) = (Arc::clone(inner), std::thread::Builder::new().name("job".to_owned()));
+            let job = Arc::clone(&entry.job);
             let spawned = thread.spawn(move || {
                 Self::run(&own, &entry);
                 Self::start_ready(&own);
             });
             match spawned {
                 Ok(thread) => list.threads.push(thread),
-                // It stays on the list, created; it is begun by the next run.
-                Err(error) => error!(%error, "a job's thread can not be started"),
+                Err(error) => {
+                    // It stays on the list, created, and can be cancelled; the next job that ends or begins starts it too.
+                    error!(%error, "a job's thread can not be started");
+                    let mut same = list.entries.iter_mut().filter(|entry| Arc::ptr_eq(&entry.job, &job));
+                    same.for_each(|entry| entry.begun = false);
+                }
             }
         }
     }
