@@ -291,7 +291,7 @@ impl Inner {
                 Err(error) => {
                     // It stays on the list, created, and can be cancelled; the next job that ends or begins starts it too.
                     error!(%error, "a job's thread can not be started");
-                    let mut same = list.entries.iter_mut().filter(|entry| Arc::ptr_eq(&entry.job, &job));
+                    let same = list.entries.iter_mut().filter(|entry| Arc::ptr_eq(&entry.job, &job));
                     same.for_each(|entry| entry.begun = false);
                 }
             }
