@@ -1,0 +1,72 @@
+//! Changes of a disk that are not cuts: revert, and another size.
+
+use std::cmp::Ordering;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use block::{Context, Disk, Error, ErrorKind, Result};
+
+use super::{Manager, open_layers};
+use crate::edit;
+use crate::group::Served;
+use crate::store::Store;
+
+/// How long maintenance waits for requests in flight; no front-end is connected then, so there are hardly any.
+const MAINTENANCE_DRAIN: Duration = Duration::from_secs(5);
+
+impl Manager {
+    /// Makes a disk larger, by zeroes, while it is served; durable when it returns. `size` is in bytes, made of whole
+    /// sectors, and not less than it is. A disk on a block device can be as large as that is now.
+    pub fn resize(&self, id: &str, size: u64) -> Result<()> {
+        let chain = self.chain(id)?;
+        let refuse = |kind, story: &str| Err(Error::new(kind, format!("disk {id} {story}")));
+        let _change = self.begin()?;
+        if chain.read_only() {
+            return refuse(ErrorKind::ReadOnly, "is read-only");
+        }
+        if !size.is_multiple_of(block::SECTOR) || size > i64::MAX as u64 {
+            return refuse(ErrorKind::InvalidInput, "has a size that is a multiple of 512 bytes");
+        }
+        match size.cmp(&chain.capacity()) {
+            Ordering::Less => {
+                refuse(ErrorKind::InvalidInput, "can not shrink: what is cut off would be lost")
+            }
+            Ordering::Equal => Ok(()),
+            Ordering::Greater => chain.grow(size).context(|| format!("resize disk {id}")),
+        }
+    }
+
+    /// Brings the disks of a snapshot back to it. Refused while a front-end is connected, and if newer snapshots would
+    /// be lost, unless `discard_newer` is set.
+    pub fn revert(&self, name: &str, discard_newer: bool) -> Result<()> {
+        self.maintain(name, |store| edit::revert(store, name, discard_newer))
+    }
+
+    /// Runs `work` on the state directory with the images of a snapshot's disks closed.
+    fn maintain(&self, name: &str, work: impl FnOnce(&Store) -> Result<()>) -> Result<()> {
+        let ids = self.show(name)?.disks.into_iter().map(|disk| disk.id).collect();
+        self.jobs.make_way(&ids)?;
+        let _change = self.begin()?;
+        self.jobs.refuse_busy(&ids)?;
+        let _images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        let disks: Vec<_> = ids.iter().filter_map(|id| self.disks.get(id)).collect();
+        // A front-end that connects from here on waits at the gates.
+        let closed: Vec<_> = disks.iter().map(|disk| disk.chain.gate().close()).collect();
+        if let Some(disk) = disks.iter().find(|disk| disk.chain.is_connected()) {
+            let story = format!("a guest is connected to disk {}: shut it down first", disk.chain.id());
+            return Err(Error::new(ErrorKind::Busy, story));
+        }
+        closed.iter().try_for_each(|closed| closed.drain(Instant::now() + MAINTENANCE_DRAIN))?;
+        disks.iter().try_for_each(|disk| disk.chain.flush().run())?;
+        // From here on they have to be opened again, whatever happens.
+        let closed = disks.iter().try_for_each(|disk| disk.chain.close());
+        disks.iter().for_each(|disk| disk.chain.detach());
+        let worked = closed.and_then(|()| work(&self.store));
+        let attach = |disk: &&Served| {
+            let story = || format!("disk {} stays closed: restart the daemon", disk.chain.id());
+            let layers = open_layers(&self.store, disk.chain.id(), disk.how, disk.chain.read_only());
+            layers.and_then(|layers| disk.chain.attach(layers)).context(story)
+        };
+        disks.iter().map(attach).fold(Ok(()), Result::and).and(worked)
+    }
+}
