@@ -1,7 +1,7 @@
 //! The QMP server and its commands.
 //!
 //! Frazil is operated through the protocol that operates QEMU: JSON over a Unix socket, commands one way, replies and
-//! events the other. `docs/qmp.md` tells how to use it, `docs/qapi/frazil.json` is the schema.
+//! events the other. `docs/qmp.md` tells how to use it, `docs/qapi` is the schema, and part of the program.
 //!
 //! # Threads
 //! ```text
@@ -37,7 +37,7 @@ mod commands;
 mod error;
 mod message;
 mod outbox;
-mod params;
+mod schema;
 mod server;
 mod service;
 mod session;
