@@ -1,7 +1,7 @@
 //! Layers: the images of a chain, opened.
 
-use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
 
 use arc_swap::ArcSwap;
@@ -9,11 +9,12 @@ use block::{
     ByteRange, Context, Disk, Error, ErrorKind, Extent, Flush, RawDisk, Result, Run, Stack, Storage,
     WriteGuard,
 };
-use hostio::{Cache, HostFile, MappedFile};
-use qcow2::{Image, Journal, Mode, Parts};
+use hostio::{Cache, HostFile};
+use qcow2::{Image, Mode, Parts};
 use tracing::warn;
 
 use crate::backing::{self, AllowedFolders};
+use crate::journals::JournalFolder;
 use crate::manifest::LayerEntry;
 use crate::model::ImageFormat;
 
@@ -68,6 +69,8 @@ pub(crate) struct Layer {
     open: ArcSwap<Open>,
     /// All that is beneath it; the image reads through it.
     beneath: Arc<Stack>,
+    /// A sync of it has failed, which is final: what a later one would say of the same bytes means nothing.
+    failed: AtomicBool,
 }
 
 /// An image that is open.
@@ -159,7 +162,8 @@ impl Layer {
         };
         let files = Files { image: file, data: data_file };
         let open = Open::new(id, entry, files, Arc::clone(&beneath), table_bytes, access)?;
-        Ok(Self { entry: entry.clone(), open: ArcSwap::from_pointee(open), beneath })
+        let failed = AtomicBool::new(false);
+        Ok(Self { entry: entry.clone(), open: ArcSwap::from_pointee(open), beneath, failed })
     }
 
     /// The stack for an overlay on this layer. The layer may be written until that is first read.
@@ -188,8 +192,13 @@ impl Layer {
     /// not change what is read through the layers above; or as the active layer. Nothing changes if it is open for writing
     /// already.
     ///
-    /// Errors: [`ErrorKind::Busy`] while another program reads the image.
+    /// Errors: [`ErrorKind::Busy`] while another program reads the image, [`ErrorKind::Latched`] once a sync of it has failed.
     pub(crate) fn begin_writing(&self, id: &str, table_bytes: u64, access: Access<'_>) -> Result<()> {
+        if self.has_failed() {
+            let path = self.entry.path.display();
+            let story = format!("a sync of {path} has failed: nothing more is written to it until a restart");
+            return Err(Error::new(ErrorKind::Latched, story));
+        }
         if !self.disk().read_only() {
             return Ok(());
         }
@@ -253,6 +262,17 @@ impl Layer {
         }
     }
 
+    /// What a job wrote and could not be synced is not seen any more: the tables count as they are in the file, and nothing in
+    /// them names bytes that may be lost. All that the journal has is the job's.
+    pub(crate) fn forsake(&self, id: &str, journals: &JournalFolder) -> Result<()> {
+        journals.remove(id, self.entry.number)?;
+        let files = self.open.load().files.clone();
+        let beneath = Arc::clone(&self.beneath);
+        let open = Open::new(id, &self.entry, files, beneath, FROZEN_TABLE_BYTES, Access::Read)?;
+        self.open.store(Arc::new(open));
+        Ok(())
+    }
+
     /// Makes the image of the active layer larger, by zeroes; durable when it returns.
     pub(crate) fn grow(&self, capacity: u64) -> Result<()> {
         let open = self.open.load_full();
@@ -265,9 +285,23 @@ impl Layer {
 
     /// Syncs all of it to stable storage, and once it is sealed, saves what it carries besides.
     pub(crate) fn flush(&self) -> Result<()> {
-        let what = || format!("flush {}", self.entry.path.display());
-        self.disk().flush().run().context(what)?;
+        let path = self.entry.path.display();
+        if self.has_failed() {
+            return Err(Error::new(ErrorKind::Latched, format!("an earlier sync of {path} failed")));
+        }
+        let flushed = self.disk().flush().run();
+        // What failed for want of room may be done later; the image knows if it can not.
+        let is_final = |error: Error| error.kind() == ErrorKind::Latched;
+        if flushed.is_err() && self.disk().flush().run().is_err_and(is_final) {
+            self.failed.store(true, Ordering::Release);
+        }
+        flushed.context(|| format!("flush {path}"))?;
         self.close()
+    }
+
+    /// Whether a [`flush`](Self::flush) of it has failed for good.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
     }
 
     /// Saves the dirty bitmaps of an image that is sealed and flushed.
@@ -390,28 +424,5 @@ impl Disk for Layer {
     }
 }
 
-/// Where the journals of writable qcow2 images are.
-#[derive(Clone, Debug)]
-pub(crate) struct JournalFolder {
-    /// The folder.
-    pub(crate) path: PathBuf,
-    /// The boot of the host; a journal of another boot is void.
-    pub(crate) boot_id: String,
-}
-
-impl JournalFolder {
-    fn files(&self, id: &str, number: u32) -> [PathBuf; 2] {
-        ["a", "b"].map(|half| self.path.join(format!("{id}-{number:06}.{half}")))
-    }
-
-    fn open(&self, id: &str, number: u32) -> Result<Journal> {
-        let open = |path: PathBuf| -> Result<Arc<dyn Storage>> { Ok(Arc::new(MappedFile::open(&path)?)) };
-        let [a, b] = self.files(id, number);
-        Journal::open(open(a)?, open(b)?, &self.boot_id)
-    }
-
-    /// Takes the journal of a layer away that has been sealed and flushed, or that is no more.
-    pub(crate) fn remove(&self, id: &str, number: u32) -> Result<()> {
-        self.files(id, number).iter().try_for_each(|path| hostio::remove_file(path))
-    }
-}
+#[cfg(test)]
+pub(crate) mod faulty;

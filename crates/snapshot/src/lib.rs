@@ -10,6 +10,7 @@ mod export;
 mod group;
 mod housekeeping;
 mod jobs;
+mod journals;
 mod layer;
 mod manager;
 mod manifest;

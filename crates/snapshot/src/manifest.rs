@@ -97,6 +97,16 @@ pub(crate) struct LayerEntry {
     pub(crate) sealed: bool,
 }
 
+/// Which of a disk's layers may not be on stable storage.
+#[derive(Clone, Debug)]
+pub(crate) struct Unsealed<'a> {
+    pub(crate) disk: &'a str,
+    /// This one and all above it, by its number; the active layer, or one that is sealing.
+    pub(crate) from: Option<u32>,
+    /// Those of which a sync has failed.
+    pub(crate) failed: Vec<u32>,
+}
+
 impl Manifest {
     /// One that knows nothing yet.
     pub(crate) fn empty(boot_id: &str) -> Self {
@@ -231,17 +241,17 @@ impl Manifest {
         layers.iter_mut().filter(|layer| layer.number == number).for_each(|layer| layer.sealed = sealed);
     }
 
-    /// Notes that the layers of these disks are on stable storage, up to the one with the given number, if any; but for
-    /// those that a job writes to. Tells which snapshots that completes.
-    pub(crate) fn mark_sealed(&mut self, disks: &[(&str, Option<u32>)]) -> Vec<String> {
+    /// Notes that the layers of these disks are on stable storage, but for those given and those that a job writes to. Tells
+    /// which snapshots that completes.
+    pub(crate) fn mark_sealed(&mut self, disks: &[Unsealed<'_>]) -> Vec<String> {
         let moves = self.jobs.iter().flat_map(|job| &job.moves);
         let targets: BTreeSet<_> = moves.map(|one| (one.disk.clone(), one.target())).collect();
-        for (id, unsealed) in disks {
+        for Unsealed { disk: id, from, failed } in disks {
             let layers = self.disks.get_mut(*id).map(|disk| &mut disk.layers[..]).unwrap_or_default();
-            let end = layers.iter().position(|layer| Some(layer.number) == *unsealed).unwrap_or(layers.len());
+            let end = layers.iter().position(|layer| Some(layer.number) == *from).unwrap_or(layers.len());
             let fixed = |layer: &LayerEntry| !targets.contains(&((*id).to_owned(), layer.number));
             let layers = layers.iter_mut().enumerate().filter(|(_, layer)| fixed(layer));
-            layers.for_each(|(index, layer)| layer.sealed = index < end);
+            layers.for_each(|(index, layer)| layer.sealed = index < end && !failed.contains(&layer.number));
         }
         let layers = self.disks.values().flat_map(|disk| &disk.layers);
         let sealed: BTreeSet<_> =

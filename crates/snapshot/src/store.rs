@@ -19,8 +19,9 @@ use qcow2::CreateOptions;
 use tracing::warn;
 
 use crate::backing::AllowedFolders;
-use crate::layer::{Access, Beneath, JournalFolder, Layer, Opening};
-use crate::manifest::{DiskEntry, LayerEntry, Manifest, Unused};
+use crate::journals::JournalFolder;
+use crate::layer::{Access, Beneath, Layer, Opening};
+use crate::manifest::{DiskEntry, LayerEntry, Manifest, Unsealed, Unused};
 use crate::model::{ImageFormat, SnapshotRecord};
 
 /// How many numbers are tried for an overlay whose file name is taken by the rest of a crashed attempt.
@@ -225,20 +226,15 @@ impl Store {
         self.journals.remove(id, entry.number)
     }
 
-    /// Remembers that the layers of these disks are on stable storage, up to the first that may not be, which is given
-    /// by its number: [`open_layers`](Self::open_layers) or a seal has synced them. Tells which snapshots that
-    /// completes.
-    pub(crate) fn mark_sealed<'a>(
-        &self,
-        disks: impl Iterator<Item = (&'a str, Option<u32>)>,
-    ) -> Result<Vec<String>> {
-        let disks: Vec<_> = disks.collect();
+    /// Remembers that the layers of these disks are on stable storage, but for those given:
+    /// [`open_layers`](Self::open_layers) or a seal has synced them. Tells which snapshots that completes.
+    pub(crate) fn mark_sealed(&self, disks: &[Unsealed<'_>]) -> Result<Vec<String>> {
         let mut marked = self.manifest().clone();
-        marked.mark_sealed(&disks);
+        marked.mark_sealed(disks);
         let mut completed = Vec::new();
         if marked != *self.manifest() {
             self.update(|manifest| {
-                completed = manifest.mark_sealed(&disks);
+                completed = manifest.mark_sealed(disks);
                 Ok(())
             })?;
         }

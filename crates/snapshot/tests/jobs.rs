@@ -244,7 +244,7 @@ fn begin_delete(manager: &Manager, name: &str, speed: u64) -> String {
 
 fn wait_for(manager: &Manager, id: &str, status: JobStatus) {
     let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    while manager.jobs().iter().find(|job| job.id == id).unwrap().status != status {
+    while !manager.jobs().iter().any(|job| job.id == id && job.status == status) {
         assert!(std::time::Instant::now() < deadline, "{:?}", manager.jobs());
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -333,6 +333,35 @@ fn jobs_of_one_disk_take_turns() {
     finish(&manager, &first).unwrap();
     finish(&manager, &second).unwrap();
     assert_eq!(manager.list().len(), 2);
+}
+
+/// A job that nobody asked for was called off for a revert, and could put away what it had begun only after the cut that
+/// was held: the client waited for another one's lease.
+#[test]
+fn a_revert_does_not_wait_for_a_snapshot_that_is_held() {
+    let mut bench = Bench::new(&["vda"]);
+    bench.disks[0].max_overlays = Some(2);
+    let manager = bench.open();
+    for name in ["a", "b"] {
+        stamp(&manager, "vda", 0, 1);
+        snapshot(&manager, name);
+    }
+    let second = manager.disks()[0].layers[1].path.clone();
+    snapshot(&manager, "c");
+    // "a" is to go, and its layer into the base: for that the job writes into the header of the layer of "c".
+    let third = manager.disks()[0].layers[2].path.clone();
+    let how = hostio::Open { writable: false, cache: hostio::Cache::Writeback };
+    let reader = hostio::HostFile::open(&third, how).unwrap();
+    wait_for(&manager, "expire-a", JobStatus::Waiting);
+    manager.prepare(bench::request("held"), Duration::from_secs(10)).unwrap();
+    let start = std::time::Instant::now();
+    let error = manager.revert("c", true).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    assert!(start.elapsed() < Duration::from_secs(5), "it has waited for the lease");
+    assert!(second.exists());
+    manager.abort("held").unwrap();
+    drop(reader);
+    manager.revert("c", true).unwrap();
 }
 
 #[test]
@@ -436,6 +465,22 @@ fn a_disk_with_too_many_overlays_loses_its_oldest_snapshots() {
         })
         .collect();
     assert_eq!(expired, ["s0", "s1", "s2", "s3"]);
+}
+
+/// The overlay of a cut that was then undone counted, and the oldest snapshot went for it.
+#[test]
+fn a_cut_that_is_undone_costs_no_snapshot() {
+    let mut bench = Bench::new(&["vda"]);
+    bench.disks[0].max_overlays = Some(1);
+    let manager = bench.open();
+    snapshot(&manager, "a");
+    manager.prepare(bench::request("b"), Duration::from_secs(20)).unwrap();
+    // Longer than it takes until it is looked what is to be done.
+    std::thread::sleep(Duration::from_millis(1300));
+    manager.abort("b").unwrap();
+    std::thread::sleep(Duration::from_millis(1300));
+    assert!(manager.jobs().is_empty(), "{:?}", manager.jobs());
+    assert!(manager.show("a").is_ok());
 }
 
 /// The disk has grown since the snapshot: the layer that takes in what came after it grows as well.

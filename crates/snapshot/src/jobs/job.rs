@@ -209,12 +209,4 @@ impl Job {
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
-
-    /// Waits until it has concluded, or is gone.
-    pub(crate) fn wait_for_end(&self) {
-        let over = |state: &mut State| {
-            !matches!(state.machine.status(), JobStatus::Concluded | JobStatus::Null) && !state.stopped
-        };
-        drop(self.changed.wait_while(self.state(), over).unwrap_or_else(PoisonError::into_inner));
-    }
 }

@@ -39,3 +39,6 @@ pub use model::{CommitRequest, DeleteRequest, JobInfo, JobOptions, JobStatus, Jo
 pub(crate) use record::JobRecord;
 pub(crate) use runner::Jobs;
 pub(crate) use world::{Readers, World};
+
+#[cfg(test)]
+mod tests;

@@ -152,34 +152,22 @@ impl Jobs {
         Ok(())
     }
 
-    /// Refuses if a job works on these disks.
-    pub(crate) fn refuse_busy(&self, disks: &BTreeSet<String>) -> Result<()> {
-        let list = self.0.list();
-        let works = |entry: &&Entry| entry.begun && !entry.is_over() && !entry.disks.is_disjoint(disks);
-        match list.entries.iter().find(works) {
-            None => Ok(()),
-            Some(entry) => {
-                let story = format!("job '{}' works on it: wait for it, or cancel it", entry.job.identity.id);
-                Err(Error::new(ErrorKind::Busy, story))
-            }
-        }
-    }
-
-    /// Makes way for work on these disks that needs them closed: calls off what nobody asked for, and waits for it.
-    /// Refuses if there is a job that somebody did ask for.
-    pub(crate) fn make_way(&self, disks: &BTreeSet<String>) -> Result<()> {
+    /// Makes way for work on these disks that needs them closed: calls off what nobody asked for. True once nothing is in
+    /// the way. What begins after that waits for the right to change chains, which the caller has.
+    ///
+    /// Errors: [`ErrorKind::Busy`] if there is a job that somebody did ask for.
+    pub(crate) fn make_way(&self, disks: &BTreeSet<String>) -> Result<bool> {
         let in_the_way = |entry: &&Entry| !entry.is_over() && !entry.disks.is_disjoint(disks);
         let entries: Vec<_> = self.0.list().entries.iter().filter(in_the_way).cloned().collect();
         if let Some(asked) = entries.iter().find(|entry| !entry.job.identity.automatic) {
             let story = format!("job '{}' works on it: wait for it, or cancel it", asked.job.identity.id);
             return Err(Error::new(ErrorKind::Busy, story));
         }
-        for entry in entries {
+        for entry in &entries {
             // One that is pending can not be called off, and is over soon.
             let _ = self.ask(&entry.job.identity.id, Verb::Cancel);
-            entry.job.wait_for_end();
         }
-        Ok(())
+        Ok(entries.is_empty())
     }
 
     /// Begins what is to be done without anybody asking: layers without snapshots are merged, and disks with too many

@@ -43,6 +43,10 @@ impl Tidiness {
     pub(crate) fn chores(&mut self, world: &World, busy: &BTreeSet<String>, now: Instant) -> Vec<Chore> {
         self.0.retain(|_, until| *until > now);
         let manifest = world.store.manifest().clone();
+        if manifest.pending.is_some() {
+            // Its overlays may be taken off again.
+            return Vec::new();
+        }
         let idle = |id: &&String| !busy.contains(*id) && !self.0.contains_key(*id);
         let writable = world.disks.iter().filter(|(_, disk)| !block::Disk::read_only(&*disk.chain));
         let (mut chores, mut expiring) = (Vec::new(), BTreeSet::new());

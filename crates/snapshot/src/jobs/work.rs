@@ -205,7 +205,8 @@ impl<'a> Work<'a> {
             for part in parts {
                 let target = part.target()?.entry.number;
                 for layer in &part.layers {
-                    manifest.set_sealed(part.disk(), layer.entry.number, layer.entry.number != target);
+                    let is_sealed = layer.entry.number != target && !layer.has_failed();
+                    manifest.set_sealed(part.disk(), layer.entry.number, is_sealed);
                 }
             }
             spoiled.iter().for_each(|name| mark_deleting(manifest, name));
@@ -267,7 +268,7 @@ impl<'a> Work<'a> {
             let Ok(target) = part.target() else { continue };
             match self.finish(part.disk(), target) {
                 Ok(()) => synced.push((part.disk().to_owned(), target.entry.number)),
-                // Its journal stays, and so does its mark: the next one who opens it brings it in order.
+                // Its mark stays: the next one who opens it brings it in order.
                 Err(error) => warn!(%error, "a layer that a job wrote to is not synced"),
             }
         }
@@ -297,10 +298,13 @@ impl<'a> Work<'a> {
     pub(super) fn finish(&self, disk: &str, target: &Layer) -> Result<()> {
         target.seal();
         let synced = target.flush();
-        match &synced {
-            Ok(()) => self.world.store.layer_sealed(disk, target)?,
-            Err(_) => target.share()?,
+        if synced.is_ok() {
+            return self.world.store.layer_sealed(disk, target);
         }
+        if target.has_failed() {
+            target.forsake(disk, self.world.store.journals())?;
+        }
+        target.share()?;
         synced
     }
 

@@ -1,15 +1,23 @@
 //! Changes of a disk that are not cuts: revert, and another size.
 
 use std::cmp::Ordering;
+use std::collections::BTreeSet;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use block::{Context, Disk, Error, ErrorKind, Result};
 
+use super::change::Change;
 use super::{Manager, open_layers};
 use crate::edit;
 use crate::group::Served;
 use crate::store::Store;
+
+/// How long maintenance waits for jobs that it has called off: they have a flush to do.
+const JOB_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often it looks whether they have ended.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// How long maintenance waits for requests in flight; no front-end is connected then, so there are hardly any.
 const MAINTENANCE_DRAIN: Duration = Duration::from_secs(5);
@@ -42,12 +50,28 @@ impl Manager {
         self.maintain(name, |store| edit::revert(store, name, discard_newer))
     }
 
+    /// The right to change chains, with no job at work on these disks. What nobody asked for is called off, and can not put
+    /// away what it began while a snapshot is prepared: then this is refused, as any change is.
+    fn begin_alone(&self, ids: &BTreeSet<String>) -> Result<Change<'_>> {
+        let deadline = Instant::now() + JOB_PATIENCE;
+        loop {
+            let change = self.begin()?;
+            if self.jobs.make_way(ids)? {
+                return Ok(change);
+            }
+            drop(change);
+            if Instant::now() >= deadline {
+                let story = "a job that was called off has not ended yet: try again later";
+                return Err(Error::new(ErrorKind::Busy, story));
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
     /// Runs `work` on the state directory with the images of a snapshot's disks closed.
     fn maintain(&self, name: &str, work: impl FnOnce(&Store) -> Result<()>) -> Result<()> {
         let ids = self.show(name)?.disks.into_iter().map(|disk| disk.id).collect();
-        self.jobs.make_way(&ids)?;
-        let _change = self.begin()?;
-        self.jobs.refuse_busy(&ids)?;
+        let _change = self.begin_alone(&ids)?;
         let _images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         let disks: Vec<_> = ids.iter().filter_map(|id| self.disks.get(id)).collect();
         // A front-end that connects from here on waits at the gates.

@@ -6,6 +6,7 @@ use super::Manager;
 use crate::chain::Chain;
 use crate::cut::Events as _;
 use crate::group::{Served, seal};
+use crate::manifest::Unsealed;
 use crate::model::Event;
 
 impl Manager {
@@ -45,13 +46,18 @@ impl Manager {
 
     /// Remembers that all layers beneath the active ones, or beneath those being sealed, are on stable storage.
     pub(super) fn mark_sealed(&self) -> Result<()> {
-        let unsealed = |chain: &Chain| chain.sealing().or_else(|| chain.top().filter(|_| !chain.read_only()));
-        let open = self.disks.iter().filter(|(_, disk)| !disk.chain.layers().is_empty());
-        let disks =
-            open.map(|(id, disk)| (id.as_str(), unsealed(&disk.chain).map(|layer| layer.entry.number)));
-        for name in self.store.mark_sealed(disks)? {
+        let open = self.disks.values().filter(|disk| !disk.chain.layers().is_empty());
+        let unsealed: Vec<_> = open.map(|disk| unsealed(&disk.chain)).collect();
+        for name in self.store.mark_sealed(&unsealed)? {
             self.bus.emit(Event::Sealed { name });
         }
         Ok(())
     }
+}
+
+fn unsealed(chain: &Chain) -> Unsealed<'_> {
+    let from = chain.sealing().or_else(|| chain.top().filter(|_| !chain.read_only()));
+    let failed =
+        chain.layers().iter().filter(|layer| layer.has_failed()).map(|layer| layer.entry.number).collect();
+    Unsealed { disk: chain.id(), from: from.map(|layer| layer.entry.number), failed }
 }

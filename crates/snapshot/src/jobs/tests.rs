@@ -1,0 +1,113 @@
+//! What can only be seen from inside: each test opens with what went wrong.
+
+#![allow(clippy::unwrap_used, reason = "a failed step of a test ends it")]
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use block::{WriteErrors, read_disk, write_disk};
+use hostio::Cache;
+use tempfile::TempDir;
+
+use super::*;
+use crate::backing::AllowedFolders;
+use crate::manager::{DiskConfig, FreezeDefaults, Manager};
+use crate::model::{CreateRequest, FreezePolicy, ImageFormat};
+
+const SIZE: u64 = 8 << 20;
+
+struct Bench {
+    folder: TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        File::create(folder.path().join("base.raw")).unwrap().set_len(SIZE).unwrap();
+        Self { folder }
+    }
+
+    fn open(&self) -> Manager {
+        let disk = DiskConfig {
+            id: "vda".to_owned(),
+            path: self.folder.path().join("base.raw"),
+            format: ImageFormat::Raw,
+            read_only: false,
+            cache: Cache::Writeback,
+            metadata_cache: crate::DEFAULT_METADATA_CACHE,
+            write_errors: WriteErrors::default(),
+            max_overlays: None,
+        };
+        let state = self.folder.path().join("state");
+        Manager::open(&state, &[disk], AllowedFolders::default(), FreezeDefaults::default(), None).unwrap()
+    }
+}
+
+fn snapshot(manager: &Manager, name: &str) {
+    let freeze = Some(FreezePolicy::Never);
+    manager.create(CreateRequest { name: name.to_owned(), disks: None, freeze }).unwrap();
+}
+
+fn stamp(manager: &Manager, offset: u64, byte: u8) {
+    write_disk(&**manager.chain("vda").unwrap(), offset, &[byte; 4096]).unwrap();
+}
+
+fn content(manager: &Manager) -> Vec<u8> {
+    let mut bytes = vec![0; SIZE as usize];
+    read_disk(&**manager.chain("vda").unwrap(), 0, &mut bytes).unwrap();
+    bytes
+}
+
+/// Deletes a snapshot, and waits for it; the job's error if it fails.
+fn delete(manager: &Manager, name: &str) -> Result<(), String> {
+    let options = JobOptions { auto_dismiss: false, ..JobOptions::default() };
+    let id = manager.delete(DeleteRequest { name: name.to_owned(), options }).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let job = manager.jobs().into_iter().find(|job| job.id == id).unwrap();
+        if job.status == JobStatus::Concluded {
+            manager.dismiss_job(&id).unwrap();
+            return job.error.map_or(Ok(()), Err);
+        }
+        assert!(Instant::now() < deadline, "{job:?} does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The last flush of a job failed, and what it had copied was lost: the next cut noted the layer as on stable storage, and
+/// its tables went on naming what was lost.
+#[test]
+fn a_layer_that_a_job_could_not_sync_never_counts_as_sealed_and_shows_nothing_of_the_job() {
+    let bench = Bench::new();
+    let manager = bench.open();
+    stamp(&manager, 0, 1);
+    snapshot(&manager, "zero");
+    stamp(&manager, 1 << 20, 2);
+    snapshot(&manager, "one");
+    // Much more than in the layer beneath, so that is copied up into this one.
+    (2..8).for_each(|place| stamp(&manager, place << 20, 3));
+    snapshot(&manager, "two");
+    let before = content(&manager);
+    let target = manager.chain("vda").unwrap().layers()[2].clone();
+    let is_sealed = |manager: &Manager| manager.store.manifest().disk("vda").unwrap().layers[2].sealed;
+    assert!(is_sealed(&manager));
+
+    target.begin_writing_in_vain("vda", manager.store.journals());
+    let error = delete(&manager, "one").unwrap_err();
+    assert!(error.contains("injected: a sync failed"), "{error}");
+    assert!(content(&manager) == before, "the job's copy is seen");
+    snapshot(&manager, "three");
+    assert!(!is_sealed(&manager), "a failed sync is final");
+    // Nor is more written to it.
+    let error = delete(&manager, "one").unwrap_err();
+    assert!(error.contains("has failed"), "{error}");
+    assert!(!is_sealed(&manager));
+    manager.shut_down().unwrap();
+    assert!(!is_sealed(&manager));
+    drop((manager, target));
+
+    let manager = bench.open();
+    assert!(content(&manager) == before);
+    delete(&manager, "one").unwrap();
+    assert!(content(&manager) == before);
+}
