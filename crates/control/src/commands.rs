@@ -8,6 +8,7 @@ mod snapshots;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
+use snapshot::ClientId;
 
 use crate::Service;
 use crate::error::CommandError;
@@ -24,6 +25,8 @@ const NEGOTIATE: &str = "qmp_capabilities";
 pub(crate) struct Caller<'a> {
     /// What it acts on.
     pub(crate) service: &'a dyn Service,
+    /// Who asks.
+    pub(crate) client: ClientId,
     /// Sends an event to this client alone, or drops it if the client is slow.
     pub(crate) progress: &'a dyn Fn(&str, Value),
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use block::Result;
 use hostio::Listener;
-use snapshot::Event;
+use snapshot::{ClientId, Event};
 
 use crate::Service;
 use crate::message::{self, encode};
@@ -78,28 +78,33 @@ impl Drop for Server {
 /// Who is connected.
 #[derive(Debug, Default)]
 struct Clients {
-    sessions: Mutex<BTreeMap<u64, Arc<Session>>>,
+    sessions: Mutex<BTreeMap<ClientId, Arc<Session>>>,
     left: Condvar,
 }
 
 impl Clients {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Session>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ClientId, Arc<Session>>> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Enters a client, unless there are too many.
-    fn enter(self: &Arc<Self>, number: u64, stream: UnixStream) -> Option<Place> {
+    fn enter(self: &Arc<Self>, number: ClientId, stream: UnixStream) -> Option<Place> {
         let mut sessions = self.lock();
         if sessions.len() >= MAX_CLIENTS {
             return None;
         }
-        let session = Arc::new(Session::new(stream));
+        let session = Arc::new(Session::new(number, stream));
         sessions.insert(number, Arc::clone(&session));
         Some(Place { clients: Arc::clone(self), number, session })
     }
 
-    fn broadcast(&self, line: &Arc<[u8]>) {
-        for session in self.lock().values() {
+    /// Sends an event to its addressee if that is still there, else to all.
+    fn send(&self, Line { addressee, text: line }: &Line) {
+        let sessions = self.lock();
+        let addressee = addressee.filter(|client| sessions.contains_key(client));
+        let told =
+            sessions.iter().filter(|(client, _)| addressee.is_none_or(|addressee| addressee == **client));
+        for (_, session) in told {
             if session.outbox().event(line) == Delivery::Overflow {
                 tracing::warn!("cut off a control client that does not read its events");
                 session.cut();
@@ -121,7 +126,7 @@ impl Clients {
 /// A client's place among [`Clients`], given up on drop.
 struct Place {
     clients: Arc<Clients>,
-    number: u64,
+    number: ClientId,
     session: Arc<Session>,
 }
 
@@ -146,7 +151,7 @@ fn accept(listener: &Listener, clients: &Arc<Clients>, service: &Arc<dyn Service
     }
 }
 
-fn admit(number: u64, stream: UnixStream, clients: &Arc<Clients>, service: &Arc<dyn Service>) {
+fn admit(number: ClientId, stream: UnixStream, clients: &Arc<Clients>, service: &Arc<dyn Service>) {
     let Some(place) = clients.enter(number, stream) else {
         tracing::warn!(limit = MAX_CLIENTS, "turned a control client away, there are too many");
         // Whoever keeps trying must not fill the log.
@@ -179,16 +184,24 @@ fn distribute(events: &Receiver<Event>, clients: &Weak<Clients>) {
             Err(RecvTimeoutError::Disconnected) => return,
         };
         for line in now.into_iter().chain(throttle.due(Instant::now())) {
-            clients.broadcast(&line);
+            clients.send(&line);
         }
     }
 }
 
-fn line(event: &Event) -> Option<Arc<[u8]>> {
+/// An event, ready to be sent.
+#[derive(Debug)]
+struct Line {
+    addressee: Option<ClientId>,
+    text: Arc<[u8]>,
+}
+
+fn line(event: &Event) -> Option<Line> {
     let data = serde_json::to_value(event)
         .inspect_err(|error| tracing::error!(%error, event = event.name(), "an event cannot be told"))
         .ok()?;
-    Some(encode(&message::event(event.name(), data, SystemTime::now())).into())
+    let text = encode(&message::event(event.name(), data, SystemTime::now())).into();
+    Some(Line { addressee: event.addressee(), text })
 }
 
 #[cfg(test)]

@@ -6,8 +6,8 @@ use std::time::Duration;
 use block::Result;
 use serde::{Deserialize, Serialize};
 use snapshot::{
-    CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo,
-    SnapshotRecord, StreamRequest,
+    BlockJobInfo, CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner,
+    ImageFormat, JobInfo, JobVerb, SnapshotRecord, StreamRequest,
 };
 
 /// The daemon, as its clients see it. Every method may be called from several threads at once and may take its time:
@@ -51,19 +51,13 @@ pub trait Service: Send + Sync {
     /// The jobs, the oldest first.
     fn jobs(&self) -> Vec<JobInfo>;
 
-    /// Has a job rest.
-    fn pause_job(&self, id: &str) -> Result<()>;
+    /// Those that clients began.
+    fn block_jobs(&self) -> Vec<BlockJobInfo>;
 
-    /// Has it go on.
-    fn resume_job(&self, id: &str) -> Result<()>;
+    /// Asks something of a job.
+    fn ask_job(&self, id: &str, verb: JobVerb) -> Result<()>;
 
-    /// Calls it off.
-    fn cancel_job(&self, id: &str) -> Result<()>;
-
-    /// Takes it from the list, once it has concluded.
-    fn dismiss_job(&self, id: &str) -> Result<()>;
-
-    /// Limits its copying to so many bytes a second; 0 for no limit.
+    /// Limits a job's copying to so many bytes a second; 0 for no limit.
     fn set_job_speed(&self, id: &str, speed: u64) -> Result<()>;
 
     /// Takes the disks back to a snapshot; the newer ones go too if `discard_newer`, else they are a reason to refuse.

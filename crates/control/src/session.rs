@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
+use snapshot::ClientId;
 
 use crate::Service;
 use crate::commands::{Caller, dispatch};
@@ -25,13 +26,14 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// A connection, shared by its reader, its writer, and whoever sends it events.
 #[derive(Debug)]
 pub(crate) struct Session {
+    client: ClientId,
     stream: UnixStream,
     outbox: Outbox,
 }
 
 impl Session {
-    pub(crate) fn new(stream: UnixStream) -> Self {
-        Self { stream, outbox: Outbox::default() }
+    pub(crate) fn new(client: ClientId, stream: UnixStream) -> Self {
+        Self { client, stream, outbox: Outbox::default() }
     }
 
     pub(crate) fn outbox(&self) -> &Outbox {
@@ -112,7 +114,7 @@ impl Session {
             }
         };
         let (id, request) = parse_request(value);
-        let caller = Caller { service, progress: &progress };
+        let caller = Caller { service, client: self.client, progress: &progress };
         message::reply(id, request.and_then(|request| dispatch(&caller, negotiated, request)))
     }
 }

@@ -9,9 +9,9 @@ use block::{Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
-    CommitRequest, CreateRequest, DeleteRequest, DiskLayer, DiskProbe, DiskStatus, Event, FreezeOwner, Grade,
-    ImageFormat, JobInfo, JobOptions, JobStatus, JobType, SnapshotDisk, SnapshotRecord, StreamRequest,
-    Timing,
+    BlockJobInfo, CommitRequest, CreateRequest, DeleteRequest, DiskLayer, DiskProbe, DiskStatus, Event,
+    FreezeOwner, Grade, ImageFormat, JobInfo, JobOptions, JobStatus, JobType, JobVerb, SnapshotDisk,
+    SnapshotRecord, StreamRequest, Timing,
 };
 use time::OffsetDateTime;
 
@@ -85,7 +85,7 @@ impl Fake {
         let (current_progress, total_progress) = (1 << 20, 1 << 30);
         let status = match r#type {
             JobType::SnapshotDelete => JobStatus::Concluded,
-            JobType::Commit | JobType::Stream => JobStatus::Running,
+            _ => JobStatus::Running,
         };
         let job = JobInfo { id: id.clone(), r#type, status, current_progress, total_progress, error: None };
         self.lock().jobs.push(job);
@@ -211,24 +211,36 @@ impl Service for Fake {
         self.lock().jobs.clone()
     }
 
-    fn pause_job(&self, id: &str) -> Result<()> {
-        self.with_job(id, |job| job.status = JobStatus::Paused)
+    fn block_jobs(&self) -> Vec<BlockJobInfo> {
+        let told = |job: JobInfo| BlockJobInfo {
+            r#type: job.r#type,
+            device: job.id,
+            len: job.total_progress,
+            offset: job.current_progress,
+            busy: job.status == JobStatus::Running,
+            paused: job.status == JobStatus::Paused,
+            speed: 0,
+            io_status: IoStatus::Ok,
+            ready: false,
+            status: job.status,
+            auto_finalize: true,
+            auto_dismiss: true,
+            error: job.error,
+        };
+        self.jobs().into_iter().map(told).collect()
     }
 
-    fn resume_job(&self, id: &str) -> Result<()> {
-        self.with_job(id, |job| job.status = JobStatus::Running)
-    }
-
-    fn cancel_job(&self, id: &str) -> Result<()> {
-        self.with_job(id, |job| {
-            job.status = JobStatus::Concluded;
-            job.error = Some("it was cancelled".to_owned());
-        })
-    }
-
-    fn dismiss_job(&self, id: &str) -> Result<()> {
-        self.with_job(id, |_| {})?;
-        self.lock().jobs.retain(|job| job.id != id);
+    fn ask_job(&self, id: &str, verb: JobVerb) -> Result<()> {
+        self.with_job(id, |job| match verb {
+            JobVerb::Pause => job.status = JobStatus::Paused,
+            JobVerb::Resume => job.status = JobStatus::Running,
+            JobVerb::Cancel => {
+                job.status = JobStatus::Concluded;
+                job.error = Some("it was cancelled".to_owned());
+            }
+            JobVerb::SetSpeed | JobVerb::Complete | JobVerb::Finalize | JobVerb::Dismiss => {}
+        })?;
+        self.lock().jobs.retain(|job| verb != JobVerb::Dismiss || job.id != id);
         Ok(())
     }
 

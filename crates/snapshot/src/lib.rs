@@ -28,7 +28,10 @@ pub use cut::{
     PivotedLayers, PreparedLayers, SystemClock, ThawOutcome, grade,
 };
 pub use export::Progress;
-pub use jobs::{CommitRequest, DeleteRequest, JobInfo, JobOptions, JobStatus, JobType, StreamRequest};
+pub use jobs::{
+    BlockJobInfo, ClientId, CommitRequest, DeleteRequest, Halt, HostedJob, Job, JobEnd, JobInfo, JobOptions,
+    JobStatus, JobType, JobVerb, Labor, Seat, StreamRequest,
+};
 pub use layer::DEFAULT_METADATA_CACHE;
 pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager};
 pub use model::{

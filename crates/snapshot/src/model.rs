@@ -8,7 +8,7 @@ use hostio::Cache;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
-use crate::jobs::JobStatus;
+use crate::jobs::{ClientId, JobEnd, JobStatus, JobType};
 
 /// How sure it is that the guest's file systems are clean in the snapshot.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -169,13 +169,16 @@ pub enum IoOperation {
     Write,
 }
 
-/// What became of a request that failed: QEMU's `BlockErrorAction`.
+/// What became of I/O that failed: QEMU's `BlockErrorAction`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ErrorAction {
-    /// The guest was told.
+    /// A job goes on without it.
+    Ignore,
+    /// The guest was told; a job fails.
     Report,
-    /// It waits until the host can carry it out. QEMU stops the machine meanwhile; here the guest runs on.
+    /// A guest's request waits until the host can carry it out: QEMU stops the machine meanwhile, here the guest runs on. A
+    /// job is paused.
     Stop,
 }
 
@@ -259,6 +262,46 @@ pub enum Event {
         /// Its status.
         status: JobStatus,
     },
+    /// `BLOCK_JOB_COMPLETED`, QEMU's: a job that a client began has ended, well or not.
+    JobCompleted {
+        /// How.
+        #[serde(flatten)]
+        end: Box<JobEnd>,
+        /// Who began it.
+        #[serde(skip)]
+        client: Option<ClientId>,
+    },
+    /// `BLOCK_JOB_CANCELLED`, QEMU's: it has been called off.
+    JobCancelled {
+        /// How far it was.
+        #[serde(flatten)]
+        end: Box<JobEnd>,
+        /// Who began it.
+        #[serde(skip)]
+        client: Option<ClientId>,
+    },
+    /// `BLOCK_JOB_ERROR`, QEMU's: its I/O failed.
+    JobError {
+        /// The job's id.
+        device: String,
+        /// What failed.
+        operation: IoOperation,
+        /// What the job does about it.
+        action: ErrorAction,
+        /// Who began it.
+        #[serde(skip)]
+        client: Option<ClientId>,
+    },
+    /// `BLOCK_JOB_PENDING`, QEMU's: it waits for `job-finalize`.
+    JobPending {
+        /// What it does.
+        r#type: JobType,
+        /// The job's id.
+        id: String,
+        /// Who began it.
+        #[serde(skip)]
+        client: Option<ClientId>,
+    },
     /// `FRAZIL_SNAPSHOT_EXPIRED`: a snapshot is being deleted, for a disk has too many overlays.
     Expired {
         /// The snapshot's name.
@@ -284,7 +327,23 @@ impl Event {
             Self::IoError { .. } => "BLOCK_IO_ERROR",
             Self::SpaceLow { .. } => "FRAZIL_SPACE_LOW",
             Self::Job { .. } => "JOB_STATUS_CHANGE",
+            Self::JobCompleted { .. } => "BLOCK_JOB_COMPLETED",
+            Self::JobCancelled { .. } => "BLOCK_JOB_CANCELLED",
+            Self::JobError { .. } => "BLOCK_JOB_ERROR",
+            Self::JobPending { .. } => "BLOCK_JOB_PENDING",
             Self::Expired { .. } => "FRAZIL_SNAPSHOT_EXPIRED",
+        }
+    }
+
+    /// The client that alone is told, as long as it is there. There are backup programs that take every end of a job for that
+    /// of their own.
+    pub fn addressee(&self) -> Option<ClientId> {
+        match self {
+            Self::JobCompleted { client, .. }
+            | Self::JobCancelled { client, .. }
+            | Self::JobError { client, .. }
+            | Self::JobPending { client, .. } => *client,
+            _ => None,
         }
     }
 }

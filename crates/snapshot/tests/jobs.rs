@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use block::{ByteRange, Disk, ErrorKind, blocking, read_disk, write_disk};
-use snapshot::{Chain, CommitRequest, DeleteRequest, Event, JobOptions, JobStatus, Manager, StreamRequest};
+use snapshot::{
+    Chain, CommitRequest, DeleteRequest, Event, JobOptions, JobStatus, JobVerb, Manager, StreamRequest,
+};
 
 use bench::{Bench, SIZE, byte, chain, check, delete, finish, snapshot, stamp};
 
@@ -257,15 +259,15 @@ fn a_job_can_be_paused_slowed_resumed_and_told_of() {
     // Slow enough not to end before it is told to.
     let id = begin_delete(&manager, "s1", 4096);
     wait_for(&manager, &id, JobStatus::Running);
-    manager.pause_job(&id).unwrap();
+    manager.ask_job(&id, JobVerb::Pause).unwrap();
     wait_for(&manager, &id, JobStatus::Paused);
-    assert!(manager.pause_job(&id).unwrap_err().to_string().contains("already paused"));
+    assert!(manager.ask_job(&id, JobVerb::Pause).unwrap_err().to_string().contains("already paused"));
     let at_rest = manager.jobs();
     std::thread::sleep(Duration::from_millis(30));
     assert_eq!(manager.jobs(), at_rest);
-    assert_eq!(manager.dismiss_job(&id).unwrap_err().kind(), ErrorKind::Busy);
+    assert_eq!(manager.ask_job(&id, JobVerb::Dismiss).unwrap_err().kind(), ErrorKind::Busy);
     manager.set_job_speed(&id, 0).unwrap();
-    manager.resume_job(&id).unwrap();
+    manager.ask_job(&id, JobVerb::Resume).unwrap();
     finish(&manager, &id).unwrap();
     assert!(manager.jobs().is_empty());
     let told: Vec<_> = events
@@ -286,7 +288,7 @@ fn a_job_that_is_called_off_leaves_a_disk_that_reads_the_same() {
     let id = begin_delete(&manager, "s1", 4096);
     wait_for(&manager, &id, JobStatus::Running);
     std::thread::sleep(Duration::from_millis(20));
-    manager.cancel_job(&id).unwrap();
+    manager.ask_job(&id, JobVerb::Cancel).unwrap();
     assert_eq!(finish(&manager, &id).unwrap_err(), "it was cancelled");
     assert!(content(&manager) == before);
     assert_eq!(bench.export(&manager, "s0", "vda")[4096], 0);
@@ -302,13 +304,13 @@ fn a_job_goes_on_after_a_restart_as_it_was_told() {
     let before = content(&manager);
     let id = begin_delete(&manager, "s1", 4096);
     wait_for(&manager, &id, JobStatus::Running);
-    manager.pause_job(&id).unwrap();
+    manager.ask_job(&id, JobVerb::Pause).unwrap();
     drop(manager);
     let manager = bench.open();
     assert!(content(&manager) == before);
     wait_for(&manager, &id, JobStatus::Paused);
     manager.set_job_speed(&id, 0).unwrap();
-    manager.resume_job(&id).unwrap();
+    manager.ask_job(&id, JobVerb::Resume).unwrap();
     finish(&manager, &id).unwrap();
     assert!(content(&manager) == before);
     assert_eq!(manager.show("s1").unwrap_err().kind(), ErrorKind::NotFound);
@@ -327,7 +329,7 @@ fn jobs_of_one_disk_take_turns() {
     assert_eq!(manager.revert("s0", true).unwrap_err().kind(), ErrorKind::Busy);
     // What waits can be called off as well, and then leaves no trace.
     let third = begin_delete(&manager, "s3", 0);
-    manager.cancel_job(&third).unwrap();
+    manager.ask_job(&third, JobVerb::Cancel).unwrap();
     assert!(finish(&manager, &third).is_err());
     manager.set_job_speed(&first, 0).unwrap();
     finish(&manager, &first).unwrap();
@@ -548,7 +550,7 @@ fn a_layer_that_grew_for_a_job_that_was_called_off_is_merged_later() {
             chain(&manager, "vda").set_connected(true);
             manager.set_job_speed(&id, 0).unwrap();
         } else {
-            manager.cancel_job(&id).unwrap();
+            manager.ask_job(&id, JobVerb::Cancel).unwrap();
             finish(&manager, &id).unwrap_err();
             id = commit(&manager, 0);
         }

@@ -1,8 +1,8 @@
 //! Jobs: begun, watched, steered.
 
-use block::ErrorKind;
+use block::{Error, ErrorKind};
 use serde::Deserialize;
-use snapshot::{CommitRequest, StreamRequest};
+use snapshot::{CommitRequest, JobVerb, StreamRequest};
 
 use super::{Arguments, Caller, Command, Outcome, nothing, typed, value};
 use crate::error::{CommandError, ErrorClass};
@@ -11,10 +11,20 @@ pub(super) const COMMANDS: &[Command] = &[
     ("block-commit", commit),
     ("block-stream", stream),
     ("query-jobs", |caller, _| value(&caller.service.jobs())),
-    ("job-pause", |caller, id| of_job(id, |id| caller.service.pause_job(id))),
-    ("job-resume", |caller, id| of_job(id, |id| caller.service.resume_job(id))),
-    ("job-cancel", |caller, id| of_job(id, |id| caller.service.cancel_job(id))),
-    ("job-dismiss", |caller, id| of_job(id, |id| caller.service.dismiss_job(id))),
+    ("query-block-jobs", |caller, _| value(&caller.service.block_jobs())),
+    ("job-pause", |caller, id| of_job(caller, id, JobVerb::Pause)),
+    ("job-resume", |caller, id| of_job(caller, id, JobVerb::Resume)),
+    ("job-cancel", |caller, id| of_job(caller, id, JobVerb::Cancel)),
+    ("job-complete", |caller, id| of_job(caller, id, JobVerb::Complete)),
+    ("job-finalize", |caller, id| of_job(caller, id, JobVerb::Finalize)),
+    ("job-dismiss", |caller, id| of_job(caller, id, JobVerb::Dismiss)),
+    ("block-job-pause", |caller, device| of_block_job(caller, device, JobVerb::Pause)),
+    ("block-job-resume", |caller, device| of_block_job(caller, device, JobVerb::Resume)),
+    // `force` is for jobs that would end well when they are called off: there are none.
+    ("block-job-cancel", |caller, device| of_block_job(caller, device, JobVerb::Cancel)),
+    ("block-job-complete", |caller, device| of_block_job(caller, device, JobVerb::Complete)),
+    ("block-job-finalize", |caller, id| of_job(caller, id, JobVerb::Finalize)),
+    ("block-job-dismiss", |caller, id| of_job(caller, id, JobVerb::Dismiss)),
     ("block-job-set-speed", set_speed),
 ];
 
@@ -24,36 +34,56 @@ struct Id {
 }
 
 #[derive(Deserialize)]
+struct Device {
+    device: String,
+}
+
+#[derive(Deserialize)]
 struct Speed {
     device: String,
     speed: u64,
 }
 
 fn commit(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
-    caller.service.commit(typed::<CommitRequest>(arguments)?)?;
+    let mut request: CommitRequest = typed(arguments)?;
+    request.options.client = Some(caller.client);
+    caller.service.commit(request)?;
     nothing()
 }
 
 fn stream(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
-    caller.service.stream(typed::<StreamRequest>(arguments)?)?;
+    let mut request: StreamRequest = typed(arguments)?;
+    request.options.client = Some(caller.client);
+    caller.service.stream(request)?;
     nothing()
 }
 
-/// A command that names a job and nothing else. QEMU's class for a job that is not there is `GenericError`.
-fn of_job(arguments: Arguments, ask: impl Fn(&str) -> block::Result<()>) -> Outcome {
+/// A command that names a job by its id. QEMU's class for a job that is not there is `GenericError`.
+fn of_job(caller: &Caller<'_>, arguments: Arguments, verb: JobVerb) -> Outcome {
     let Id { id } = typed(arguments)?;
-    ask(&id).map_err(|error| CommandError::generic(error.to_string()))?;
+    caller.service.ask_job(&id, verb).map_err(|error| CommandError::generic(error.to_string()))?;
+    nothing()
+}
+
+/// An older command, that calls the id `device`. QEMU has a class of its own for these.
+fn of_block_job(caller: &Caller<'_>, arguments: Arguments, verb: JobVerb) -> Outcome {
+    let Device { device } = typed(arguments)?;
+    caller.service.ask_job(&device, verb).map_err(|error| not_active(&device, &error))?;
     nothing()
 }
 
 fn set_speed(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     let Speed { device, speed } = typed(arguments)?;
-    caller.service.set_job_speed(&device, speed).map_err(|error| {
-        let class = match error.kind() {
-            ErrorKind::NotFound => ErrorClass::DeviceNotActive,
-            _ => ErrorClass::GenericError,
-        };
-        CommandError { class, desc: error.to_string() }
-    })?;
+    caller.service.set_job_speed(&device, speed).map_err(|error| not_active(&device, &error))?;
     nothing()
+}
+
+fn not_active(device: &str, error: &Error) -> CommandError {
+    match error.kind() {
+        ErrorKind::NotFound => CommandError {
+            class: ErrorClass::DeviceNotActive,
+            desc: format!("Block job '{device}' not found"),
+        },
+        _ => CommandError::generic(error.to_string()),
+    }
 }

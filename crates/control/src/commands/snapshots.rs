@@ -90,7 +90,9 @@ fn query_snapshot(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
 }
 
 fn delete(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
-    let id = caller.service.delete(typed::<DeleteRequest>(arguments)?)?;
+    let mut request: DeleteRequest = typed(arguments)?;
+    request.options.client = Some(caller.client);
+    let id = caller.service.delete(request)?;
     Ok(json!({ "job-id": id }))
 }
 

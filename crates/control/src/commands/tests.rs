@@ -10,7 +10,7 @@ use crate::testing::Fake;
 
 /// Runs requests one after the other as one client, and returns what came of the last.
 fn run_all(service: &Fake, negotiated: bool, requests: &[Value]) -> Outcome {
-    let caller = Caller { service, progress: &|_, _| {} };
+    let caller = Caller { service, client: 1, progress: &|_, _| {} };
     let mut negotiated = negotiated;
     let mut last = nothing();
     for request in requests {
@@ -135,8 +135,11 @@ fn a_revert_discards_newer_snapshots_only_if_told_so() {
 fn an_export_tells_how_far_it_is() {
     let (service, _events) = Fake::new();
     let seen = RefCell::new(Vec::new());
-    let caller =
-        Caller { service: &service, progress: &|name, data| seen.borrow_mut().push((name.to_owned(), data)) };
+    let caller = Caller {
+        service: &service,
+        client: 1,
+        progress: &|name, data| seen.borrow_mut().push((name.to_owned(), data)),
+    };
     service.create(CreateRequest { name: "a".into(), disks: None, freeze: None }).unwrap();
     let arguments = json!({"name": "a", "disk": "vda", "target": "/x", "format": "qcow2"});
     let (_, request) = parse_request(json!({"execute": "snapshot-export", "arguments": arguments}));

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde_json::json;
-use snapshot::{CreateRequest, ErrorAction, Event, IoOperation, JobStatus, Step};
+use snapshot::{CreateRequest, ErrorAction, Event, IoOperation, JobEnd, JobStatus, JobType, Step};
 use time::OffsetDateTime;
 
 use super::*;
@@ -26,6 +26,11 @@ fn enumeration(name: &str) -> Value {
     }
 }
 
+fn end(error: Option<&str>) -> JobEnd {
+    let error = error.map(str::to_owned);
+    JobEnd { r#type: JobType::Backup, device: "a".into(), len: 2, offset: 1, speed: 0, error }
+}
+
 fn step_event(step: Step) -> Event {
     Event::Step { name: "a".into(), step, milliseconds: 0.5 }
 }
@@ -43,7 +48,7 @@ fn what_the_check_lets_pass_the_types_take() {
     for (name, signature) in SCHEMA.commands.iter().filter(|(name, _)| *name != "qmp_capabilities") {
         for (turn, full) in (0..16).flat_map(|turn| [(turn, true), (turn, false)]) {
             let (service, _events) = Fake::new();
-            let caller = Caller { service: &service, progress: &|_, _| {} };
+            let caller = Caller { service: &service, client: 1, progress: &|_, _| {} };
             let arguments = sample(&signature.arguments, turn, full);
             if let Err(error) = run(&caller, name, arguments.as_object().unwrap().clone()) {
                 let story = format!("{name} with {arguments}: {}", error.desc);
@@ -113,7 +118,7 @@ fn every_type_that_is_named_is_defined_and_every_type_that_is_defined_is_used() 
 #[test]
 fn what_commands_return_is_what_is_documented() {
     let (service, _events) = Fake::new();
-    let caller = Caller { service: &service, progress: &|_, _| {} };
+    let caller = Caller { service: &service, client: 1, progress: &|_, _| {} };
     let prepare = |name: &str| json!({"name": name});
     let calls = [
         ("query-version", json!({})),
@@ -146,6 +151,15 @@ fn what_commands_return_is_what_is_documented() {
         ("block-job-set-speed", json!({"device": "j", "speed": 0})),
         ("job-cancel", json!({"id": "j"})),
         ("query-jobs", json!({})),
+        ("query-block-jobs", json!({})),
+        ("job-complete", json!({"id": "j"})),
+        ("job-finalize", json!({"id": "j"})),
+        ("block-job-pause", json!({"device": "j"})),
+        ("block-job-resume", json!({"device": "j"})),
+        ("block-job-complete", json!({"device": "j"})),
+        ("block-job-finalize", json!({"id": "j"})),
+        ("block-job-cancel", json!({"device": "j", "force": true})),
+        ("block-job-dismiss", json!({"id": "up"})),
         ("job-dismiss", json!({"id": "j"})),
         ("quit", json!({})),
     ];
@@ -186,6 +200,15 @@ fn the_events_and_their_data_are_the_documented_ones() {
             reason: "no storage space".into(),
         },
         Event::Expired { name: name(), disk: "vda".into(), reason: "too many".into() },
+        Event::JobCompleted { end: Box::new(end(Some("no room"))), client: Some(1) },
+        Event::JobCancelled { end: Box::new(end(None)), client: None },
+        Event::JobError {
+            device: name(),
+            operation: IoOperation::Read,
+            action: ErrorAction::Ignore,
+            client: Some(1),
+        },
+        Event::JobPending { r#type: JobType::Backup, id: name(), client: None },
     ];
     let steps = [
         Step::Prepare,
@@ -219,6 +242,8 @@ fn the_events_and_their_data_are_the_documented_ones() {
             Event::Step { .. } | Event::Created { .. } | Event::Sealed { .. } | Event::Failed { .. } => {}
             Event::Stall { .. } | Event::ThawOwed { .. } | Event::ThawConfirmed { .. } => {}
             Event::SpaceLow { .. } | Event::IoError { .. } | Event::Job { .. } | Event::Expired { .. } => {}
+            Event::JobCompleted { .. } | Event::JobCancelled { .. } | Event::JobError { .. } => {}
+            Event::JobPending { .. } => {}
         }
         seen.insert(event.name().to_owned(), ());
         conforms(&SCHEMA.events[event.name()], &json!(event), event.name());
@@ -226,7 +251,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
     assert_eq!(SCHEMA.events.keys().collect::<Vec<_>>(), seen.keys().collect::<Vec<_>>());
     let progress = |name: &str, data: Value| conforms(&SCHEMA.events[name], &data, name);
     let export = json!({"name": "a", "disk": "vda", "target": "/x", "format": "raw"});
-    let caller = Caller { service: &service, progress: &progress };
+    let caller = Caller { service: &service, client: 1, progress: &progress };
     run(&caller, "snapshot-export", export.as_object().unwrap().clone()).unwrap();
 }
 

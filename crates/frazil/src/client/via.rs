@@ -8,7 +8,7 @@ use control::Service;
 use control::client::{Client, ClientError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use snapshot::{CommitRequest, DeleteRequest, ImageFormat, JobInfo, StreamRequest};
+use snapshot::{CommitRequest, DeleteRequest, ImageFormat, JobInfo, JobVerb, StreamRequest};
 
 use super::jobs;
 use super::print::decode;
@@ -202,7 +202,9 @@ impl Via {
         let what = format!("dismiss job {id}");
         match self {
             Self::Control(connection) => connection.ask(&what, "job-dismiss", json!({ "id": id })).map(drop),
-            Self::State(service) => service.dismiss_job(id).map_err(|error| of_state(&what, &error)),
+            Self::State(service) => {
+                service.ask_job(id, JobVerb::Dismiss).map_err(|error| of_state(&what, &error))
+            }
         }
     }
 

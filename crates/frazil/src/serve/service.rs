@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use block::Result;
 use control::{DaemonStatus, Service};
 use snapshot::{
-    CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo,
-    Manager, SnapshotRecord, StreamRequest,
+    BlockJobInfo, CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner,
+    ImageFormat, JobInfo, JobVerb, Manager, SnapshotRecord, StreamRequest,
 };
 use tracing::info;
 use vhost_blk::Notifier;
@@ -107,20 +107,12 @@ impl Service for Daemon {
         self.manager.jobs()
     }
 
-    fn pause_job(&self, id: &str) -> Result<()> {
-        self.manager.pause_job(id)
+    fn block_jobs(&self) -> Vec<BlockJobInfo> {
+        self.manager.block_jobs()
     }
 
-    fn resume_job(&self, id: &str) -> Result<()> {
-        self.manager.resume_job(id)
-    }
-
-    fn cancel_job(&self, id: &str) -> Result<()> {
-        self.manager.cancel_job(id)
-    }
-
-    fn dismiss_job(&self, id: &str) -> Result<()> {
-        self.manager.dismiss_job(id)
+    fn ask_job(&self, id: &str, verb: JobVerb) -> Result<()> {
+        self.manager.ask_job(id, verb)
     }
 
     fn set_job_speed(&self, id: &str, speed: u64) -> Result<()> {

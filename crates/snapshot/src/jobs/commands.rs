@@ -5,7 +5,7 @@ use std::path::Path;
 use block::{Error, ErrorKind, Result};
 
 use super::machine::Verb;
-use super::model::{CommitRequest, DeleteRequest, JobInfo, StreamRequest};
+use super::model::{BlockJobInfo, CommitRequest, DeleteRequest, JobInfo, StreamRequest};
 use super::record::Task;
 use crate::manager::Manager;
 use crate::manifest::{LayerEntry, Manifest};
@@ -56,24 +56,14 @@ impl Manager {
         self.jobs.list()
     }
 
-    /// Has a job rest.
-    pub fn pause_job(&self, id: &str) -> Result<()> {
-        self.jobs.ask(id, Verb::Pause)
+    /// Those that clients began.
+    pub fn block_jobs(&self) -> Vec<BlockJobInfo> {
+        self.jobs.block_jobs()
     }
 
-    /// Has a paused job go on.
-    pub fn resume_job(&self, id: &str) -> Result<()> {
-        self.jobs.ask(id, Verb::Resume)
-    }
-
-    /// Calls a job off.
-    pub fn cancel_job(&self, id: &str) -> Result<()> {
-        self.jobs.ask(id, Verb::Cancel)
-    }
-
-    /// Takes a job that has concluded from the list.
-    pub fn dismiss_job(&self, id: &str) -> Result<()> {
-        self.jobs.ask(id, Verb::Dismiss)
+    /// Asks something of a job. What may be asked depends on its status.
+    pub fn ask_job(&self, id: &str, verb: Verb) -> Result<()> {
+        self.jobs.ask(id, verb)
     }
 
     /// Limits how many bytes a second a job copies; 0 for no limit.

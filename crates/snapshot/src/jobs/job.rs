@@ -3,21 +3,22 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use block::{Error, Result};
+use block::{Error, IoStatus, Result};
 
 use super::machine::{Machine, Verb, Wish};
-use super::model::{JobInfo, JobStatus, JobType};
+use super::model::{BlockJobInfo, ClientId, JobEnd, JobInfo, JobStatus, JobType};
 use super::pace::Limit;
 use crate::cut::Events;
-use crate::model::Event;
+use crate::model::{ErrorAction, Event, IoOperation};
 
 /// Why a job's work ended early.
 #[derive(Debug)]
-pub(crate) enum Halt {
+pub enum Halt {
     /// A client called it off.
     Cancelled,
     /// The daemon ends; the next run goes on with it.
     Stopped,
+    /// It could not be done.
     Failed(Error),
 }
 
@@ -34,11 +35,14 @@ pub(crate) struct Identity {
     pub(crate) kind: JobType,
     /// Nobody asked for it but Frazil itself.
     pub(crate) automatic: bool,
+    pub(crate) auto_finalize: bool,
     pub(crate) auto_dismiss: bool,
+    /// Who began it.
+    pub(crate) client: Option<ClientId>,
 }
 
 /// A job: its thread does the work and asks here whether to go on; clients ask here what it does.
-pub(crate) struct Job {
+pub struct Job {
     pub(crate) identity: Identity,
     state: Mutex<State>,
     changed: Condvar,
@@ -58,7 +62,7 @@ struct State {
 impl Job {
     pub(crate) fn new(identity: Identity, speed: u64, paused: bool, events: Arc<dyn Events>) -> Self {
         let state = State {
-            machine: Machine::new(paused),
+            machine: Machine::new(paused, identity.auto_finalize),
             stopped: false,
             done: 0,
             total: 0,
@@ -90,8 +94,34 @@ impl Job {
         }
     }
 
+    /// As QEMU's block jobs are told; `None` for what nobody asked for.
+    pub(crate) fn block_info(&self) -> Option<BlockJobInfo> {
+        let (identity, state) = (&self.identity, self.state());
+        let status = state.machine.status();
+        (!identity.automatic).then(|| BlockJobInfo {
+            r#type: identity.kind,
+            device: identity.id.clone(),
+            len: state.total,
+            offset: state.done,
+            busy: status == JobStatus::Running,
+            paused: state.machine.is_paused(),
+            speed: state.limit.speed(),
+            io_status: IoStatus::Ok,
+            ready: false,
+            status,
+            auto_finalize: identity.auto_finalize,
+            auto_dismiss: identity.auto_dismiss,
+            error: state.error.clone(),
+        })
+    }
+
     pub(crate) fn status(&self) -> JobStatus {
         self.state().machine.status()
+    }
+
+    /// Has it rest, as if a client had asked: it goes on when one says so.
+    pub fn pause(&self) -> Result<()> {
+        self.ask(Verb::Pause)
     }
 
     /// What a client asks; the job's thread follows soon.
@@ -133,16 +163,66 @@ impl Job {
     /// The end: why it failed, if it did.
     pub(crate) fn conclude(&self, error: Option<String>) -> Result<()> {
         self.state().error = error;
+        self.tell_end();
         self.go(JobStatus::Concluded)
     }
 
+    /// As in QEMU, before the status changes.
+    fn tell_end(&self) {
+        let Some(info) = self.block_info() else { return };
+        let cancelled = self.state().machine.is_cancelled();
+        let end = Box::new(JobEnd {
+            r#type: info.r#type,
+            device: info.device,
+            len: info.len,
+            offset: info.offset,
+            speed: info.speed,
+            error: info.error.filter(|_| !cancelled),
+        });
+        let client = self.identity.client;
+        self.events.emit(match cancelled {
+            true => Event::JobCancelled { end, client },
+            false => Event::JobCompleted { end, client },
+        });
+    }
+
+    /// All is done but what can not be undone. Waits until somebody finalizes the job, if it does not do so itself.
+    pub fn finalize_point(&self) -> std::result::Result<(), Halt> {
+        self.go(JobStatus::Waiting)?;
+        self.go(JobStatus::Pending)?;
+        let mut state = self.state();
+        if !state.machine.is_finalized() {
+            let (id, client) = (self.identity.id.clone(), self.identity.client);
+            self.events.emit(Event::JobPending { r#type: self.identity.kind, id, client });
+        }
+        loop {
+            match (state.stopped, state.machine.is_cancelled(), state.machine.is_finalized()) {
+                (true, ..) => return Err(Halt::Stopped),
+                (_, true, _) => return Err(Halt::Cancelled),
+                (_, _, true) => return Ok(()),
+                _ => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Tells of an error of I/O, and what becomes of it: QEMU's `BLOCK_JOB_ERROR`.
+    pub fn tell_error(&self, operation: IoOperation, action: ErrorAction) {
+        let (device, client) = (self.identity.id.clone(), self.identity.client);
+        self.events.emit(Event::JobError { device, operation, action, client });
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.identity.id
+    }
+
     /// How much there is to copy in all, as far as is known.
-    pub(crate) fn set_total(&self, total: u64) {
+    pub fn set_total(&self, total: u64) {
         self.state().total = total;
     }
 
-    /// So many bytes have been copied, of which so many are new.
-    pub(crate) fn copied(&self, bytes: u64) {
+    /// So many bytes have been copied.
+    pub fn copied(&self, bytes: u64) {
         let mut state = self.state();
         state.done += bytes;
         state.total = state.total.max(state.done);
@@ -151,7 +231,7 @@ impl Job {
 
     /// Asked between two pieces of work: rests as long as it is paused, copies too fast, or shall be courteous to the
     /// guest (`rest`), and returns when it is to go on.
-    pub(crate) fn pause_point(&self, rest: Duration) -> std::result::Result<(), Halt> {
+    pub fn pause_point(&self, rest: Duration) -> std::result::Result<(), Halt> {
         let until = Instant::now() + rest;
         let mut state = self.state();
         loop {

@@ -8,8 +8,8 @@
 //!      └─────────────▶ aborting ────────────────────────┘
 //! ```
 //! QEMU's *ready* and *standby* are missing: a job that merges the active layer pivots first, so there is nothing that
-//! grows while it runs and nothing to complete by hand. *Waiting* is for a cut that is under way, *pending* is the switch
-//! itself, which nobody can call off.
+//! grows while it runs and nothing to complete by hand. *Waiting* is for a cut that is under way. *Pending* is the last
+//! step, which nobody can call off once it has been finalized, by a client or of itself.
 
 use block::{Error, ErrorKind, Result};
 
@@ -17,11 +17,20 @@ use super::JobStatus::{self, Aborting, Concluded, Created, Null, Paused, Pending
 
 /// What a client may ask of a job.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Verb {
+pub enum Verb {
+    /// To rest until it is resumed.
     Pause,
+    /// To go on.
     Resume,
+    /// To copy at another speed.
     SetSpeed,
+    /// To give up.
     Cancel,
+    /// To end its copying by hand: always refused, no job here grows while it runs.
+    Complete,
+    /// To do its last step.
+    Finalize,
+    /// To leave the list, once it has concluded.
     Dismiss,
 }
 
@@ -32,6 +41,8 @@ impl Verb {
             Self::Resume => "resume",
             Self::SetSpeed => "set-speed",
             Self::Cancel => "cancel",
+            Self::Complete => "complete",
+            Self::Finalize => "finalize",
             Self::Dismiss => "dismiss",
         }
     }
@@ -39,7 +50,7 @@ impl Verb {
 
 /// Which statuses may follow which.
 const FOLLOWS: &[(JobStatus, &[JobStatus])] = &[
-    (Created, &[Running, Aborting]),
+    (Created, &[Running, Aborting, Null]),
     (Running, &[Paused, Waiting, Aborting]),
     (Paused, &[Running]),
     (Waiting, &[Pending, Aborting]),
@@ -54,7 +65,9 @@ const ALLOWED: &[(Verb, &[JobStatus])] = &[
     (Verb::Pause, &[Created, Running, Paused]),
     (Verb::Resume, &[Created, Running, Paused]),
     (Verb::SetSpeed, &[Created, Running, Paused]),
-    (Verb::Cancel, &[Created, Running, Paused, Waiting]),
+    (Verb::Cancel, &[Created, Running, Paused, Waiting, Pending]),
+    (Verb::Complete, &[]),
+    (Verb::Finalize, &[Pending]),
     (Verb::Dismiss, &[Concluded]),
 ];
 
@@ -72,12 +85,13 @@ pub(crate) struct Machine {
     status: JobStatus,
     paused: bool,
     cancelled: bool,
+    finalized: bool,
 }
 
 impl Machine {
-    /// A job that was just made; `paused` if it was when its daemon ended.
-    pub(crate) fn new(paused: bool) -> Self {
-        Self { status: Created, paused, cancelled: false }
+    /// A job that was just made; `paused` if it was when its daemon ended. If `finalized`, its last step needs nobody.
+    pub(crate) fn new(paused: bool, finalized: bool) -> Self {
+        Self { status: Created, paused, cancelled: false, finalized }
     }
 
     pub(crate) fn status(&self) -> JobStatus {
@@ -89,6 +103,11 @@ impl Machine {
         self.paused
     }
 
+    /// Whether its last step may be done.
+    pub(crate) fn is_finalized(&self) -> bool {
+        self.finalized
+    }
+
     /// Whether somebody has called it off.
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled
@@ -98,7 +117,8 @@ impl Machine {
     pub(crate) fn ask(&mut self, id: &str, verb: Verb) -> Result<()> {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
         let allowed = ALLOWED.iter().any(|(of, statuses)| *of == verb && statuses.contains(&self.status));
-        if !allowed {
+        let too_late = self.status == Pending && self.finalized;
+        if !allowed || too_late {
             let (status, verb) = (self.status.name(), verb.name());
             return busy(format!("Job '{id}' in state '{status}' cannot accept command verb '{verb}'"));
         }
@@ -110,7 +130,8 @@ impl Machine {
             }
             Verb::Resume => self.paused = false,
             Verb::Cancel => self.cancelled = true,
-            Verb::SetSpeed | Verb::Dismiss => {}
+            Verb::Finalize => self.finalized = true,
+            Verb::SetSpeed | Verb::Complete | Verb::Dismiss => {}
         }
         Ok(())
     }
@@ -140,10 +161,18 @@ mod tests {
     use super::*;
 
     const ALL: [JobStatus; 8] = [Created, Running, Paused, Waiting, Pending, Aborting, Concluded, Null];
-    const VERBS: [Verb; 5] = [Verb::Pause, Verb::Resume, Verb::SetSpeed, Verb::Cancel, Verb::Dismiss];
+    const VERBS: [Verb; 7] = [
+        Verb::Pause,
+        Verb::Resume,
+        Verb::SetSpeed,
+        Verb::Cancel,
+        Verb::Complete,
+        Verb::Finalize,
+        Verb::Dismiss,
+    ];
 
     fn in_status(status: JobStatus) -> Machine {
-        Machine { status, paused: false, cancelled: false }
+        Machine { status, paused: false, cancelled: false, finalized: true }
     }
 
     /// `JobSTT` of QEMU 10.0, `job.c`, without the rows and columns of *undefined*, *ready* and *standby*.
@@ -207,11 +236,23 @@ mod tests {
     fn the_switch_can_not_be_called_off() {
         assert!(in_status(Waiting).ask("j", Verb::Cancel).is_ok());
         assert!(in_status(Pending).ask("j", Verb::Cancel).is_err());
+        assert!(in_status(Pending).ask("j", Verb::Finalize).is_err());
+    }
+
+    #[test]
+    fn a_job_that_waits_for_its_last_step_is_finalized_once_or_called_off() {
+        let waiting = || Machine { finalized: false, ..in_status(Pending) };
+        assert!(waiting().ask("j", Verb::Cancel).is_ok());
+        let mut job = waiting();
+        job.ask("j", Verb::Finalize).unwrap();
+        assert!(job.is_finalized());
+        assert!(job.ask("j", Verb::Finalize).is_err());
+        assert!(job.ask("j", Verb::Cancel).is_err());
     }
 
     #[test]
     fn pauses_do_not_add_up_and_a_cancel_ends_one() {
-        let mut machine = Machine::new(false);
+        let mut machine = Machine::new(false, true);
         assert_eq!(machine.ask("j", Verb::Resume).unwrap_err().kind(), ErrorKind::Busy);
         machine.ask("j", Verb::Pause).unwrap();
         assert!(machine.ask("j", Verb::Pause).is_err());

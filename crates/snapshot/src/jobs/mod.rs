@@ -23,6 +23,7 @@
 
 mod commands;
 mod copy;
+mod hosted;
 mod job;
 mod machine;
 mod model;
@@ -35,7 +36,13 @@ mod tidy;
 mod work;
 mod world;
 
-pub use model::{CommitRequest, DeleteRequest, JobInfo, JobOptions, JobStatus, JobType, StreamRequest};
+pub use hosted::{HostedJob, Labor, Seat};
+pub use job::{Halt, Job};
+pub use machine::Verb as JobVerb;
+pub use model::{
+    BlockJobInfo, ClientId, CommitRequest, DeleteRequest, JobEnd, JobInfo, JobOptions, JobStatus, JobType,
+    StreamRequest,
+};
 pub(crate) use record::JobRecord;
 pub(crate) use runner::Jobs;
 pub(crate) use world::{Readers, World};

@@ -1,5 +1,6 @@
 //! Jobs as they are asked for, reported and sent as events: the words of QEMU's `qapi/job.json`.
 
+use block::IoStatus;
 use serde::{Deserialize, Serialize};
 
 /// What a job does.
@@ -12,7 +13,14 @@ pub enum JobType {
     Stream,
     /// Deletes a snapshot: whichever of both copies less.
     SnapshotDelete,
+    /// Copies a disk, or what has changed of it, to somewhere else.
+    Backup,
+    /// Makes an image.
+    Create,
 }
+
+/// A client's connection, as long as the daemon runs. What it asks for is told to it alone, as long as it is there.
+pub type ClientId = u64;
 
 /// Where a job is in its life.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -70,6 +78,57 @@ pub struct JobInfo {
     pub error: Option<String>,
 }
 
+/// A job that a client began, as `query-block-jobs` tells it (QEMU's `BlockJobInfo`).
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockJobInfo {
+    /// What it does.
+    pub r#type: JobType,
+    /// Its id.
+    pub device: String,
+    /// Bytes to copy, as far as is known yet.
+    pub len: u64,
+    /// Bytes copied.
+    pub offset: u64,
+    /// Whether it is at work.
+    pub busy: bool,
+    /// Whether it rests until it is told to go on.
+    pub paused: bool,
+    /// Bytes a second to copy at most; 0 for no limit.
+    pub speed: u64,
+    /// Always ok: a job whose I/O fails ends or pauses.
+    pub io_status: IoStatus,
+    /// Always false: there is nothing to complete by hand.
+    pub ready: bool,
+    /// Where it is.
+    pub status: JobStatus,
+    /// Whether its last step needs nobody.
+    pub auto_finalize: bool,
+    /// Whether it goes from the list by itself when it has concluded.
+    pub auto_dismiss: bool,
+    /// Why it failed, once it has concluded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// How a job ended: the data of QEMU's `BLOCK_JOB_COMPLETED` and `BLOCK_JOB_CANCELLED`.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct JobEnd {
+    /// What it did.
+    pub r#type: JobType,
+    /// Its id.
+    pub device: String,
+    /// Bytes there were to copy.
+    pub len: u64,
+    /// Bytes copied.
+    pub offset: u64,
+    /// Bytes a second that it might copy; 0 for no limit.
+    pub speed: u64,
+    /// Why it failed; absent if it did not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
 /// What every job can be told when it is asked for.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -83,6 +142,9 @@ pub struct JobOptions {
     /// Whether it goes from the list by itself when it has concluded.
     #[serde(default = "yes")]
     pub auto_dismiss: bool,
+    /// Who asks.
+    #[serde(skip)]
+    pub client: Option<ClientId>,
 }
 
 fn yes() -> bool {
@@ -91,7 +153,7 @@ fn yes() -> bool {
 
 impl Default for JobOptions {
     fn default() -> Self {
-        Self { job_id: None, speed: 0, auto_dismiss: true }
+        Self { job_id: None, speed: 0, auto_dismiss: true, client: None }
     }
 }
 

@@ -13,7 +13,7 @@ use tracing::{error, info, warn};
 
 use super::job::{Halt, Identity, Job};
 use super::machine::Verb;
-use super::model::{JobInfo, JobOptions, JobStatus};
+use super::model::{BlockJobInfo, ClientId, JobInfo, JobOptions, JobStatus};
 use super::plan::plan;
 use super::record::{JobRecord, Task};
 use super::tidy::Tidiness;
@@ -24,28 +24,29 @@ use super::world::World;
 const MAX_JOBS: usize = 256;
 
 /// All jobs. They are stopped, to be gone on with by the next run, when this is dropped.
-pub(crate) struct Jobs(Arc<Inner>);
+pub(crate) struct Jobs(pub(super) Arc<Inner>);
 
-struct Inner {
-    world: World,
+pub(super) struct Inner {
+    pub(super) world: World,
     list: Mutex<List>,
 }
 
 #[derive(Default)]
-struct List {
-    entries: Vec<Entry>,
-    threads: Vec<JoinHandle<()>>,
+pub(super) struct List {
+    pub(super) entries: Vec<Entry>,
+    pub(super) threads: Vec<JoinHandle<()>>,
     /// No more begin.
     ended: bool,
     tidiness: Tidiness,
 }
 
 #[derive(Clone)]
-struct Entry {
-    job: Arc<Job>,
-    task: Task,
-    disks: BTreeSet<String>,
-    begun: bool,
+pub(super) struct Entry {
+    pub(super) job: Arc<Job>,
+    /// What it does to chains; `None` if that is another's business.
+    pub(super) task: Option<Task>,
+    pub(super) disks: BTreeSet<String>,
+    pub(super) begun: bool,
 }
 
 impl Entry {
@@ -68,7 +69,7 @@ impl Jobs {
                 continue;
             }
             info!(job = record.id, "a job of an earlier run goes on");
-            let entry = self.0.entry(&record);
+            let entry = self.0.entry(&record, None);
             list.entries.push(entry);
         }
         drop(list);
@@ -85,18 +86,10 @@ impl Jobs {
     ) -> Result<String> {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
         let id = options.job_id.unwrap_or_else(|| usual.to_owned());
-        check_id(&id)?;
         let mut list = self.0.list();
-        if list.ended {
-            return busy("the daemon is ending".to_owned());
-        }
-        if list.entries.len() >= MAX_JOBS {
-            return busy("there are too many jobs: dismiss those that have concluded".to_owned());
-        }
-        if list.entries.iter().any(|entry| entry.job.identity.id == id) {
-            return busy(format!("Job ID '{id}' already in use"));
-        }
-        if let Some(same) = list.entries.iter().find(|entry| entry.task == task && !entry.is_over()) {
+        list.admit(&id)?;
+        let is_same = |entry: &&Entry| entry.task.as_ref() == Some(&task) && !entry.is_over();
+        if let Some(same) = list.entries.iter().find(is_same) {
             return busy(format!("job '{}' does that already", same.job.identity.id));
         }
         // What can not be done now is refused at once, unless another job is about to make it possible.
@@ -117,7 +110,7 @@ impl Jobs {
             manifest.jobs.push(record.clone());
             Ok(())
         })?;
-        let entry = self.0.entry(&record);
+        let entry = self.0.entry(&record, options.client);
         list.entries.push(entry);
         drop(list);
         Inner::start_ready(&self.0);
@@ -126,6 +119,11 @@ impl Jobs {
 
     pub(crate) fn list(&self) -> Vec<JobInfo> {
         self.0.list().entries.iter().map(|entry| entry.job.info()).collect()
+    }
+
+    /// Those that clients began.
+    pub(crate) fn block_jobs(&self) -> Vec<BlockJobInfo> {
+        self.0.list().entries.iter().filter_map(|entry| entry.job.block_info()).collect()
     }
 
     pub(crate) fn ask(&self, id: &str, verb: Verb) -> Result<()> {
@@ -138,6 +136,7 @@ impl Jobs {
                 Inner::cancel_waiting(&self.0, &job);
                 Ok(())
             }
+            Verb::Complete | Verb::Finalize => Ok(()),
             Verb::Pause | Verb::Resume | Verb::SetSpeed => {
                 self.0.remember(&job);
                 Ok(())
@@ -221,22 +220,42 @@ impl Drop for Jobs {
     }
 }
 
+impl List {
+    /// Whether a job of that id may be entered.
+    pub(super) fn admit(&self, id: &str) -> Result<()> {
+        let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
+        check_id(id)?;
+        if self.ended {
+            return busy("the daemon is ending".to_owned());
+        }
+        if self.entries.len() >= MAX_JOBS {
+            return busy("there are too many jobs: dismiss those that have concluded".to_owned());
+        }
+        if self.entries.iter().any(|entry| entry.job.identity.id == id) {
+            return busy(format!("Job ID '{id}' already in use"));
+        }
+        Ok(())
+    }
+}
+
 impl Inner {
-    fn list(&self) -> MutexGuard<'_, List> {
+    pub(super) fn list(&self) -> MutexGuard<'_, List> {
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn entry(&self, record: &JobRecord) -> Entry {
+    fn entry(&self, record: &JobRecord, client: Option<ClientId>) -> Entry {
         let identity = Identity {
             id: record.id.clone(),
             kind: record.task.kind(),
             automatic: record.automatic,
+            auto_finalize: true,
             auto_dismiss: record.auto_dismiss,
+            client,
         };
         let events = Arc::clone(&self.world.bus) as _;
         let job = Arc::new(Job::new(identity, record.speed, record.paused, events));
         let disks = self.disks_of(&record.task).unwrap_or_default();
-        Entry { job, task: record.task.clone(), disks, begun: false }
+        Entry { job, task: Some(record.task.clone()), disks, begun: false }
     }
 
     fn disks_of(&self, task: &Task) -> Result<BTreeSet<String>> {
@@ -288,25 +307,29 @@ impl Inner {
 
     /// A job's life, on its own thread.
     fn run(inner: &Arc<Self>, entry: &Entry) {
-        let job = &entry.job;
-        let id = &job.identity.id;
-        let worked = Work::new(&inner.world, job, &entry.task).run();
+        let (job, Some(task)) = (&entry.job, &entry.task) else { return };
+        match Work::new(&inner.world, job, task).run() {
+            Err(Halt::Stopped) => info!(job = job.id(), "stopped: the next run goes on with it"),
+            worked => inner.finish(entry, worked),
+        }
+    }
+
+    /// Concludes a job whose work has ended.
+    pub(super) fn finish(&self, entry: &Entry, worked: std::result::Result<(), Halt>) {
+        let id = entry.job.id();
         let story = match worked {
             Ok(()) => {
                 info!(job = id, "done");
                 None
             }
-            Err(Halt::Stopped) => {
-                info!(job = id, "stopped: the next run goes on with it");
-                return;
-            }
+            Err(Halt::Stopped) => Some("the daemon ended".to_owned()),
             Err(Halt::Cancelled) => Some("it was cancelled".to_owned()),
             Err(Halt::Failed(error)) => Some(error.to_string()),
         };
         if let Some(story) = &story {
             warn!(job = id, story, "the job did not succeed");
         }
-        inner.conclude(entry, story);
+        self.conclude(entry, story);
     }
 
     /// The end of a job that did not succeed, or did.
@@ -322,6 +345,13 @@ impl Inner {
             && let Err(error) = self.dismiss(job)
         {
             error!(%error, job = job.identity.id, "a job can not be dismissed");
+        }
+    }
+
+    /// Takes a job from the list that will not begin.
+    pub(super) fn withdraw(&self, job: &Arc<Job>) {
+        if let Err(error) = self.dismiss(job) {
+            error!(%error, job = job.id(), "a job had begun that was to be withdrawn");
         }
     }
 

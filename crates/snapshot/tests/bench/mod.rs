@@ -13,7 +13,7 @@ use block::{WriteErrors, read_disk, write_disk};
 use hostio::Cache;
 use snapshot::{
     AllowedFolders, Chain, CreateRequest, DeleteRequest, DiskConfig, FreezeDefaults, FreezePolicy,
-    ImageFormat, JobOptions, JobStatus, Manager, SnapshotRecord,
+    ImageFormat, JobOptions, JobStatus, JobVerb, Manager, SnapshotRecord,
 };
 use tempfile::TempDir;
 
@@ -119,7 +119,7 @@ pub fn finish(manager: &Manager, id: &str) -> Result<(), String> {
     loop {
         let job = manager.jobs().into_iter().find(|job| job.id == id).unwrap();
         if job.status == JobStatus::Concluded {
-            manager.dismiss_job(id).unwrap();
+            manager.ask_job(id, JobVerb::Dismiss).unwrap();
             return job.error.map_or(Ok(()), Err);
         }
         assert!(Instant::now() < deadline, "{job:?} does not end");

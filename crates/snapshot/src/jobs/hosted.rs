@@ -1,0 +1,92 @@
+//! Jobs whose work is another's business: a backup, the making of an image.
+//!
+//! They are on the same list, are steered by the same commands and end with the same events as the jobs that merge layers.
+//! The manifest knows nothing of them: as in QEMU, they end with the daemon.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use block::{Context, Result};
+
+use super::job::{Halt, Identity, Job};
+use super::model::{ClientId, JobStatus, JobType};
+use super::runner::{Entry, Inner};
+use crate::manager::Manager;
+
+/// The work of a hosted job.
+pub trait Labor: Send {
+    /// All of it, on the job's own thread. It asks [`Job::pause_point`] between two pieces, and [`Job::finalize_point`] before
+    /// what can not be undone; on an error it has put away what it began.
+    fn run(self: Box<Self>, job: &Job) -> std::result::Result<(), Halt>;
+}
+
+/// What is asked of a hosted job: the members that QEMU's job commands share.
+#[derive(Clone, Debug)]
+pub struct HostedJob {
+    /// Its id, unique.
+    pub id: String,
+    /// What it does.
+    pub kind: JobType,
+    /// Bytes a second to copy at most; 0 for no limit.
+    pub speed: u64,
+    /// Whether its last step needs nobody.
+    pub auto_finalize: bool,
+    /// Whether it goes from the list by itself when it has concluded.
+    pub auto_dismiss: bool,
+    /// Who asks.
+    pub client: Option<ClientId>,
+}
+
+/// A job that has its place on the list and has not begun. It vanishes when this is dropped.
+pub struct Seat {
+    inner: Arc<Inner>,
+    /// `None` once it has begun.
+    entry: Option<Entry>,
+}
+
+impl Manager {
+    /// Enters a job that begins later: so that a transaction knows of a job that can not be before it has done anything.
+    pub fn enter_job(&self, asked: HostedJob) -> Result<Seat> {
+        let inner = Arc::clone(&self.jobs.0);
+        let mut list = inner.list();
+        list.admit(&asked.id)?;
+        let HostedJob { id, kind, speed, auto_finalize, auto_dismiss, client } = asked;
+        let identity = Identity { id, kind, automatic: false, auto_finalize, auto_dismiss, client };
+        let events = Arc::clone(&inner.world.bus) as _;
+        let job = Arc::new(Job::new(identity, speed, false, events));
+        // Begun: the list starts no work of chains for it.
+        let entry = Entry { job, task: None, disks: BTreeSet::new(), begun: true };
+        list.entries.push(entry.clone());
+        drop(list);
+        Ok(Seat { inner, entry: Some(entry) })
+    }
+}
+
+impl Seat {
+    /// Begins the work on a thread of its own.
+    pub fn start(mut self, labor: Box<dyn Labor>) -> Result<()> {
+        let Some(entry) = self.entry.clone() else { return Ok(()) };
+        let (inner, own) = (Arc::clone(&self.inner), entry.clone());
+        let thread = std::thread::Builder::new().name("job".to_owned());
+        let spawned = thread.spawn(move || {
+            let worked = entry.job.go(JobStatus::Running).map_err(Halt::from);
+            let worked = worked.and_then(|()| labor.run(&entry.job)).or_else(|halt| {
+                entry.job.go(JobStatus::Aborting)?;
+                Err(halt)
+            });
+            inner.finish(&entry, worked);
+        });
+        let thread = spawned.context(|| format!("start job '{}'", own.job.id()))?;
+        self.inner.list().threads.push(thread);
+        self.entry = None;
+        Ok(())
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if let Some(entry) = self.entry.take() {
+            self.inner.withdraw(&entry.job);
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Jobs that do others' work: steered and told of like those that merge layers.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step of a test ends it")]
+
+mod bench;
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use block::{Error, ErrorKind};
+use snapshot::{Event, Halt, HostedJob, Job, JobStatus, JobType, JobVerb, Labor, Manager};
+
+use bench::Bench;
+
+/// Work that ends as it is told, and tells when it has put away what it began.
+struct Errand {
+    ends: Receiver<Result<(), Error>>,
+    over: Sender<()>,
+}
+
+impl Labor for Errand {
+    fn run(self: Box<Self>, job: &Job) -> Result<(), Halt> {
+        job.set_total(10);
+        let worked = loop {
+            match self.ends.recv_timeout(Duration::from_millis(1)) {
+                Ok(end) => break end.map_err(Halt::from),
+                Err(_) => {
+                    if let Err(halt) = job.pause_point(Duration::ZERO) {
+                        break Err(halt);
+                    }
+                }
+            }
+        };
+        let worked = worked.and_then(|()| {
+            job.copied(10);
+            job.finalize_point()
+        });
+        let _ = self.over.send(());
+        worked
+    }
+}
+
+fn asked(id: &str) -> HostedJob {
+    HostedJob {
+        id: id.to_owned(),
+        kind: JobType::Backup,
+        speed: 0,
+        auto_finalize: true,
+        auto_dismiss: false,
+        client: Some(7),
+    }
+}
+
+/// A job of that id that runs, with the ways to end it and to hear that it has.
+fn start(manager: &Manager, asked: HostedJob) -> (Sender<Result<(), Error>>, Receiver<()>) {
+    let ((end, ends), (over, heard)) = (channel(), channel());
+    manager.enter_job(asked).unwrap().start(Box::new(Errand { ends, over })).unwrap();
+    (end, heard)
+}
+
+fn wait_for(manager: &Manager, id: &str, status: JobStatus) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while manager.jobs().iter().find(|job| job.id == id).unwrap().status != status {
+        assert!(std::time::Instant::now() < deadline, "{:?}", manager.jobs());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_hosted_job_is_told_of_to_who_began_it_and_waits_to_be_dismissed() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    let events = manager.subscribe();
+    let (end, _over) = start(&manager, asked("b"));
+    wait_for(&manager, "b", JobStatus::Running);
+    assert_eq!(manager.enter_job(asked("b")).err().unwrap().to_string(), "Job ID 'b' already in use");
+    end.send(Ok(())).unwrap();
+    wait_for(&manager, "b", JobStatus::Concluded);
+    let info = manager.block_jobs().remove(0);
+    assert_eq!((info.device.as_str(), info.offset, info.len, info.error), ("b", 10, 10, None));
+    manager.ask_job("b", JobVerb::Dismiss).unwrap();
+    assert!(manager.jobs().is_empty());
+    let ended: Vec<_> = events.try_iter().filter(|event| event.addressee() == Some(7)).collect();
+    assert!(matches!(&ended[..], [Event::JobCompleted { end, .. }] if end.error.is_none()), "{ended:?}");
+}
+
+#[test]
+fn a_hosted_job_that_fails_or_is_called_off_says_so() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    let events = manager.subscribe();
+    let (end, _over) = start(&manager, asked("failing"));
+    end.send(Err(Error::new(ErrorKind::NoSpace, "no room"))).unwrap();
+    wait_for(&manager, "failing", JobStatus::Concluded);
+    let (_end, over) = start(&manager, asked("cancelled"));
+    manager.ask_job("cancelled", JobVerb::Cancel).unwrap();
+    over.recv().unwrap();
+    wait_for(&manager, "cancelled", JobStatus::Concluded);
+    let errors: Vec<_> = manager.jobs().into_iter().map(|job| job.error.unwrap()).collect();
+    assert_eq!(errors, ["no room", "it was cancelled"]);
+    let ended: Vec<_> = events.try_iter().filter(|event| event.addressee() == Some(7)).collect();
+    match &ended[..] {
+        [Event::JobCompleted { end, .. }, Event::JobCancelled { .. }] => {
+            assert_eq!(end.error.as_deref(), Some("no room"));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_last_step_waits_for_a_client_if_it_was_asked_to() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    let events = manager.subscribe();
+    let (end, over) = start(&manager, HostedJob { auto_finalize: false, ..asked("b") });
+    end.send(Ok(())).unwrap();
+    wait_for(&manager, "b", JobStatus::Pending);
+    assert!(over.recv_timeout(Duration::from_millis(50)).is_err(), "it went on by itself");
+    assert!(events.try_iter().any(|event| matches!(event, Event::JobPending { .. })));
+    manager.ask_job("b", JobVerb::Finalize).unwrap();
+    wait_for(&manager, "b", JobStatus::Concluded);
+}
+
+#[test]
+fn a_job_that_never_begins_leaves_no_trace_and_one_that_runs_ends_with_the_daemon() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    drop(manager.enter_job(asked("never")).unwrap());
+    assert!(manager.jobs().is_empty());
+    let (_end, over) = start(&manager, asked("b"));
+    manager.shut_down().unwrap();
+    over.recv().unwrap();
+    drop(manager);
+    assert!(bench.open().jobs().is_empty());
+}
