@@ -66,7 +66,7 @@ fn delete(manager: &Manager, name: &str) -> Result<(), String> {
     loop {
         let job = manager.jobs().into_iter().find(|job| job.id == id).unwrap();
         if job.status == JobStatus::Concluded {
-            manager.dismiss_job(&id).unwrap();
+            manager.ask_job(&id, JobVerb::Dismiss).unwrap();
             return job.error.map_or(Ok(()), Err);
         }
         assert!(Instant::now() < deadline, "{job:?} does not end");
