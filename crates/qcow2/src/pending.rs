@@ -69,6 +69,11 @@ impl Claims {
         self.of(cluster).next().is_some()
     }
 
+    /// Whether nobody holds any.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+
     /// The home that writes of `cluster` under way were given and have not published.
     pub(crate) fn home(&self, cluster: GuestCluster) -> Option<HostOffset> {
         self.of(cluster).find(|held| held.unpublished).map(|held| held.claim.home)

@@ -58,6 +58,11 @@ impl Core {
         change.fresh = !new.home.is_none();
     }
 
+    /// Whether no write is under way, and a flush has taken all that was published.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.claims.is_empty() && self.dirty.is_empty() && self.freed.is_empty()
+    }
+
     /// A cluster for a guest's data.
     pub(crate) fn take(&mut self) -> Result<HostOffset> {
         let at = self.allocator.take()?;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use block::{ByteRange, Context, Error, ErrorKind, Result};
 
@@ -32,6 +33,9 @@ pub(crate) struct Work {
     released: Vec<u64>,
     /// Whether all records of what was freed are in the half of the journal that is dropped in the end.
     rotated: bool,
+    /// The last flush of a sealed image has ended. A job may have the file open anew by now, with refcounts and free
+    /// clusters of its own: a flush that comes late counts nothing and punches nothing.
+    at_rest: bool,
 }
 
 /// An L2 table that the L1 table on disk does not name yet, for sure: a new one, or a copy of one that is shared.
@@ -59,6 +63,7 @@ impl Work {
             freed_tables: Vec::new(),
             released: Vec::new(),
             rotated: false,
+            at_rest: false,
         }
     }
 
@@ -147,9 +152,17 @@ impl Work {
 
     /// All of the batch is on stable storage.
     pub(crate) fn settle(&mut self, image: &Inner, writer: &Writer) -> Result<()> {
+        let is_last;
         {
             let mut core = writer.core();
-            core.journal.drop_older()?;
+            is_last = writer.sealed.load(Ordering::Acquire) && core.is_idle();
+            if is_last {
+                // All that was published is in the tables: neither half names what was freed.
+                core.journal.clear()?;
+                self.rotated = true;
+            } else {
+                core.journal.drop_older()?;
+            }
             for (index, table) in std::mem::take(&mut self.new_tables) {
                 image.mapping.set_l1_entry(index, L1Entry::own(table.at));
                 self.freed_tables.extend(table.old.map(|old| (old, 1)));
@@ -160,6 +173,10 @@ impl Work {
             }
         }
         self.refcounts.settle();
+        if self.at_rest {
+            return Ok(());
+        }
+        self.at_rest = is_last;
         // The batch is safe, whatever becomes of this: it can only leak.
         if self.release(image, writer).is_ok() {
             reclaim(image, writer);

@@ -202,6 +202,83 @@ fn a_job_keeps_the_bytes_of_what_it_frees_and_uses_none_of_it_again() {
     assert!([5, 6].iter().any(|n| host_of(&image, n * CLUSTER) == Some(first)), "it is free by now");
 }
 
+/// What one who knows the image by its runs has resolved outlasts the job, and the next one.
+#[test]
+fn what_a_job_freed_is_no_room_for_the_next_job() {
+    let files = Files::new(memory(), &options(CAPACITY, 16, true));
+    let image = files.open(None).unwrap();
+    (0..4).for_each(|n| write_disk(&image, n * CLUSTER, &[7; CLUSTER as usize]).unwrap());
+    image.seal();
+    image.flush().run().unwrap();
+    let known: Vec<u64> = (0..4).map(|n| host_of(&image, n * CLUSTER).unwrap()).collect();
+    for turn in 0..3 {
+        let journal = Journal::open(files.journal[0].clone(), files.journal[1].clone(), "this boot").unwrap();
+        let job = Image::open(Parts::new(files.image.clone(), None), Mode::Job(journal)).unwrap();
+        discard(&job, turn * CLUSTER, CLUSTER);
+        job.flush().run().unwrap();
+        (8..12).for_each(|n| write_disk(&job, n * CLUSTER, &[turn as u8; CLUSTER as usize]).unwrap());
+        assert!((8..12).all(|n| !known.contains(&host_of(&job, n * CLUSTER).unwrap())), "turn {turn}");
+        discard(&job, 8 * CLUSTER, 4 * CLUSTER);
+        job.seal();
+        job.flush().run().unwrap();
+        for at in &known {
+            let mut found = [0; 512];
+            files.image.read_at(&mut found, *at).unwrap();
+            assert_eq!(found, [7; 512], "turn {turn}");
+        }
+    }
+}
+
+/// A layer is sealed and flushed, and opened anew for writing, while a flush of before still waits for its turn and
+/// somebody still reads what was freed last: that flush took the new writer's clusters for its own free ones.
+#[test]
+fn a_late_flush_of_a_sealed_image_leaves_alone_what_another_writes_by_then() {
+    let storage = memory();
+    let files = Files::new(storage.clone(), &options(CAPACITY, 16, true));
+    let image = files.open(None).unwrap();
+    write_disk(&image, 0, &[1; CLUSTER as usize]).unwrap();
+    image.flush().run().unwrap();
+    let first = host_of(&image, 0).unwrap();
+    let mut reader = Vec::new();
+    image.resolve_read(ByteRange { offset: 0, len: 512 }, &mut reader).unwrap();
+    discard(&image, 0, CLUSTER);
+    image.seal();
+    image.flush().run().unwrap();
+    image.close().unwrap();
+
+    let next = files.open(None).unwrap();
+    write_disk(&next, CLUSTER, &[7; CLUSTER as usize]).unwrap();
+    assert_eq!(host_of(&next, CLUSTER), Some(first), "the room of what was freed is not used again");
+    drop(reader);
+    image.flush().run().unwrap();
+    let mut found = [0; CLUSTER as usize];
+    read_disk(&next, CLUSTER, &mut found).unwrap();
+    assert!(found == [7; CLUSTER as usize], "what the next writer wrote is gone");
+    next.seal();
+    next.flush().run().unwrap();
+    assert_eq!(check(&storage.bytes()), Verdict::default());
+}
+
+/// A flush had failed, so the journal could not be turned. The last flush takes away all of it, and with it the reason to
+/// keep what was freed.
+#[test]
+fn what_a_failed_flush_left_to_be_freed_is_no_leak_of_a_sealed_image() {
+    let storage = memory();
+    let files = Files::new(storage.clone(), &options(CAPACITY, 16, true));
+    let image = files.open(None).unwrap();
+    write_disk(&image, 0, &[1; CLUSTER as usize]).unwrap();
+    image.flush().run().unwrap();
+    discard(&image, 0, CLUSTER);
+    write_disk(&image, CLUSTER, &[2; CLUSTER as usize]).unwrap();
+    storage.fail_writes(1);
+    image.flush().run().unwrap_err();
+    discard(&image, CLUSTER, CLUSTER);
+    write_disk(&image, 2 * CLUSTER, &[3; CLUSTER as usize]).unwrap();
+    image.seal();
+    image.flush().run().unwrap();
+    assert_eq!(check(&storage.bytes()), Verdict::default());
+}
+
 /// A disk that is written and discarded all the time needs no more room than it has.
 #[test]
 fn a_file_does_not_grow_for_ever() {
