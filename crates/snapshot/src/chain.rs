@@ -150,7 +150,8 @@ impl Chain {
             top.seal();
         }
         self.flush().run()?;
-        top.map_or(Ok(()), |top| top.close())
+        top.iter().for_each(|top| top.close());
+        Ok(())
     }
 
     /// Closes the images, for work on the chain itself. The caller has the gate closed and drained, and keeps it so

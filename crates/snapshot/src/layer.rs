@@ -296,7 +296,8 @@ impl Layer {
             self.failed.store(true, Ordering::Release);
         }
         flushed.context(|| format!("flush {path}"))?;
-        self.close()
+        self.close();
+        Ok(())
     }
 
     /// Whether a [`flush`](Self::flush) of it has failed for good.
@@ -304,10 +305,13 @@ impl Layer {
         self.failed.load(Ordering::Acquire)
     }
 
-    /// Saves the dirty bitmaps of an image that is sealed and flushed.
-    pub(crate) fn close(&self) -> Result<()> {
+    /// Saves the dirty bitmaps of an image that is sealed and flushed. Where that fails they stay marked as in use, and
+    /// nobody trusts them again, as with QEMU: the disk's bytes are safe, and a guest need not hear of it.
+    pub(crate) fn close(&self) {
         let image = self.image().filter(|image| image.read_only());
-        image.map_or(Ok(()), |image| image.close()).context(|| format!("close {}", self.entry.path.display()))
+        if let Some(Err(error)) = image.map(|image| image.close()) {
+            warn!(%error, image = %self.entry.path.display(), "the image's dirty bitmaps are lost");
+        }
     }
 
     /// Lets QEMU's tools read the image, now that it is sealed and flushed.

@@ -10,7 +10,7 @@ use frazil_tests::{Driver, Request};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::json;
 
-use crate::images::{check_sound, same};
+use crate::images::{check_sound, qemu_img, same};
 use crate::ledger::Clock;
 use crate::served::{Served, Wanted};
 
@@ -178,6 +178,36 @@ fn files_that_may_not_grow_make_writes_wait_and_nothing_else() {
         let served = Served::start_in(in_memory(), wanted(format), "");
         wait_for_room(served, |served| limit(served, Some(20 * CLUSTER)), |served| limit(served, None));
     }
+}
+
+/// A dirty bitmap of QEMU's that can not be saved is lost, and said to be: the snapshot is taken all the same, and no flush
+/// of the guest's fails for it.
+#[test]
+fn a_dirty_bitmap_that_finds_no_room_costs_no_snapshot() {
+    let folder = in_memory();
+    let base = folder.path().join("vd0.qcow2");
+    let path = base.to_str().unwrap();
+    let size = (CLUSTERS * CLUSTER).to_string();
+    for words in [&["create", "-q", "-f", "qcow2", path, &size][..], &["bitmap", "--add", path, "lost"]] {
+        assert!(qemu_img(words).status.success());
+    }
+    let mut served = Served::over(folder, std::slice::from_ref(&base), wanted("qcow2"), "");
+    let driver = Driver::connect(&served.sockets[0], 1, 1, BLOCK as usize).unwrap();
+    let mut guest = Guest { driver, acknowledged: vec![0; CLUSTERS as usize] };
+    (0..CLUSTERS).for_each(|cluster| assert_eq!(guest.write(cluster, 1), 0));
+    assert_eq!(guest.flush(), 0);
+    // Room for the overlay, and none behind the end of the base.
+    limit(&served, Some(std::fs::metadata(&base).unwrap().len()));
+    served.snapshot("one", &Clock::new());
+    limit(&served, None);
+    assert_eq!(guest.write(0, 2), 0);
+    assert_eq!(guest.flush(), 0);
+    guest.verify();
+    drop(guest);
+    served.stop();
+    check_sound(&base);
+    let info = qemu_img(&["info", "-f", "qcow2", path]);
+    assert!(String::from_utf8_lossy(&info.stdout).contains("in-use"), "{info:?}");
 }
 
 fn in_memory() -> tempfile::TempDir {
