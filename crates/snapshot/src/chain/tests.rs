@@ -33,6 +33,12 @@ impl Bench {
 
     /// What a cut does to a chain.
     fn cut(&self) {
+        self.pivot();
+        crate::group::seal(&self.store, &self.chain).unwrap();
+    }
+
+    /// The same without its seal.
+    fn pivot(&self) {
         let (base, top) = {
             let layers = self.chain.layers();
             (Arc::clone(&layers[0]), Arc::clone(layers.last().unwrap()))
@@ -43,10 +49,7 @@ impl Bench {
             Ok(())
         };
         self.store.update(push).unwrap();
-        let frozen = self.chain.pivot(overlay).unwrap();
-        frozen.flush().unwrap();
-        self.store.layer_sealed("vda", &frozen).unwrap();
-        self.chain.sealed(&self.chain.sealing().unwrap());
+        self.chain.pivot(overlay).unwrap();
     }
 
     fn stamp(&self, offset: u64, byte: u8) {
@@ -137,4 +140,35 @@ fn a_chain_of_200_layers_is_made_opened_and_dropped() {
     let layers = bench.store.open_layers("vda", 201, HOW, None).unwrap();
     bench.chain.attach(layers).unwrap();
     assert!(bench.bytes() == read);
+}
+
+/// The seal of a cut and that of a job met: the second one took away the journal of the layer and its lock when a job had
+/// begun to write to it.
+#[test]
+fn who_waits_to_seal_a_layer_finds_it_sealed_and_leaves_it_alone() {
+    use crate::layer::{Access, JOB_TABLE_BYTES};
+    let bench = Bench::new();
+    bench.cut();
+    bench.stamp(0, 1);
+    bench.pivot();
+    let layer = bench.chain.sealing().unwrap();
+    let turn = bench.chain.turn_to_seal();
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| crate::group::seal(&bench.store, &bench.chain));
+        // Time enough for it to do what it does without its turn.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        assert!(bench.chain.sealing().is_some(), "it did not wait for its turn");
+        layer.flush().unwrap();
+        bench.store.layer_sealed("vda", &layer).unwrap();
+        layer.settle("vda");
+        bench.chain.sealed(&layer);
+        let access = Access::Job { journals: bench.store.journals() };
+        layer.begin_writing("vda", JOB_TABLE_BYTES, access).unwrap();
+        write_disk(&*layer.disk(), 65536, &[2; 4096]).unwrap();
+        drop(turn);
+        second.join().unwrap().unwrap();
+    });
+    assert!(bench.store.file("journal/vda-000001.a").exists(), "the job's journal is gone");
+    let reader = hostio::Open { writable: false, cache: Cache::Writeback };
+    assert!(HostFile::open(&layer.entry.path, reader).is_err(), "others may read what a job writes");
 }
