@@ -1,4 +1,6 @@
 //! Jobs over real files: whatever they merge, and whenever, the disk and every snapshot read as they did.
+//!
+//! `FRAZIL_MERGE_SEEDS=N` lives N random lives in place of the usual few.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step of a test ends it")]
 
@@ -187,7 +189,8 @@ fn rounds(seed: u64, count: usize, counts: &mut Counts) {
 #[test]
 fn random_merges_at_random_places_change_nothing_that_is_read() {
     let mut counts = Counts::default();
-    for seed in 0..4 {
+    let seeds = std::env::var("FRAZIL_MERGE_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(4);
+    for seed in 0..seeds {
         rounds(seed, 12, &mut counts);
     }
     assert!(counts[2] >= 10 && counts[0] + counts[1] > 0, "hardly anything was merged: {counts:?}");
