@@ -3,8 +3,6 @@
 //! Each layer of a chain is a node. Members that QEMU declares optional and Frazil has nothing to say about are left
 //! out; throttling, which Frazil has not, is shown as off.
 
-use std::os::unix::fs::MetadataExt;
-
 use block::{Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use serde::Serialize;
@@ -130,9 +128,8 @@ fn node(disk: &DiskStatus, depth: usize) -> Option<BlockDeviceInfo> {
         image: ImageInfo {
             filename,
             format: layer.format,
-            virtual_size: disk.capacity,
-            // st_blocks counts 512 bytes whatever the file system's block size.
-            actual_size: std::fs::metadata(&layer.path).ok().map(|file| file.blocks() * 512),
+            virtual_size: layer.virtual_size,
+            actual_size: layer.actual_size,
             backing_filename: backing_file,
             backing_filename_format: backing.map(|backing| backing.format),
         },

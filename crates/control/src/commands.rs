@@ -5,6 +5,8 @@ mod jobs;
 mod protocol;
 mod snapshots;
 
+use std::ops::ControlFlow;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
@@ -27,8 +29,9 @@ pub(crate) struct Caller<'a> {
     pub(crate) service: &'a dyn Service,
     /// Who asks.
     pub(crate) client: ClientId,
-    /// Sends an event to this client alone, or drops it if the client is slow.
-    pub(crate) progress: &'a dyn Fn(&str, Value),
+    /// Sends an event to this client alone, or drops it if the client is slow. A break if the client is gone: what is done
+    /// for it alone shall end.
+    pub(crate) progress: &'a dyn Fn(&str, Value) -> ControlFlow<()>,
 }
 
 type Arguments = Map<String, Value>;

@@ -1,5 +1,6 @@
 //! What the commands act on.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -64,14 +65,14 @@ pub trait Service: Send + Sync {
     fn revert(&self, name: &str, discard_newer: bool) -> Result<()>;
 
     /// Copies one disk of a snapshot to a new file, `target`. Calls `progress` with the bytes done and the bytes in
-    /// all, as often as it likes.
+    /// all, as often as it likes; what that returns says whether to go on. What is called off leaves nothing.
     fn export(
         &self,
         name: &str,
         disk: &str,
         target: &Path,
         format: ImageFormat,
-        progress: &dyn Fn(u64, u64),
+        progress: &dyn Fn(u64, u64) -> ControlFlow<()>,
     ) -> Result<()>;
 
     /// Makes a disk larger while it is served, and tells its front-end. `size` is in bytes.

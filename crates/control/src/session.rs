@@ -3,10 +3,12 @@
 use std::cell::Cell;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::ops::ControlFlow;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use serde_json::Value;
 use snapshot::ClientId;
 
@@ -50,6 +52,14 @@ impl Session {
     pub(crate) fn cut(&self) {
         self.outbox.abort();
         let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Whether nobody can hear an answer any more: the client has closed its socket, or was cut off. One that only sends no
+    /// more still listens.
+    fn is_gone(&self) -> bool {
+        let mut polled = [PollFd::new(&self.stream, PollFlags::empty())];
+        let polls = rustix::event::poll(&mut polled, Some(&Timespec::default()));
+        polls.is_ok() && polled.iter().any(|fd| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR))
     }
 
     /// Serves the client until it has gone, or [`stop`](Self::stop), and all that was to be written is written.
@@ -112,6 +122,7 @@ impl Session {
                 last.set(Some(Instant::now()));
                 self.outbox.offer(encode(&message::event(name, data, SystemTime::now())));
             }
+            if self.is_gone() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let (id, request) = parse_request(value);
         let caller = Caller { service, client: self.client, progress: &progress };

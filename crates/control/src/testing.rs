@@ -1,5 +1,6 @@
 //! A service that only pretends, for tests of the server and of its clients.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -265,14 +266,16 @@ impl Service for Fake {
         disk: &str,
         _target: &Path,
         _format: ImageFormat,
-        progress: &dyn Fn(u64, u64),
+        progress: &dyn Fn(u64, u64) -> ControlFlow<()>,
     ) -> Result<()> {
         self.show(name)?;
         if disk != "vda" {
             return Err(Error::new(ErrorKind::NotFound, format!("{name} has no disk {disk}")));
         }
-        (0..=100).for_each(|percent| progress(percent, 100));
-        Ok(())
+        match (0..=100).try_for_each(|percent| progress(percent, 100)) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::new(ErrorKind::Busy, "called off")),
+        }
     }
 
     fn resize(&self, disk: &str, size: u64) -> Result<()> {
@@ -292,6 +295,8 @@ impl Service for Fake {
             node_name: format!("vda.{number}"),
             path: PathBuf::from(path),
             format,
+            virtual_size: 1 << 30,
+            actual_size: Some(4096 << number),
         };
         let base = layer(0, "/images/base.raw", ImageFormat::Raw);
         let overlay = layer(1, "/images/vda.1.qcow2", ImageFormat::Qcow2);

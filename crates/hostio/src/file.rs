@@ -108,6 +108,12 @@ impl HostFile {
         std::fs::read_link(link).context(|| format!("find where {} is", self.path.display()))
     }
 
+    /// Bytes that it takes on the host: less than its length if it has holes, 0 for a device.
+    pub fn allocated(&self) -> Result<u64> {
+        // Counted in 512 bytes whatever the file system's block size.
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
     /// Whether it is a block device.
     pub fn is_device(&self) -> bool {
         self.is_device

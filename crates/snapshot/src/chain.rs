@@ -204,7 +204,11 @@ impl Chain {
             node_name: format!("{}.{}", self.id, layer.entry.number),
             path: layer.entry.path.clone(),
             format: layer.entry.format,
+            virtual_size: layer.disk().capacity(),
+            actual_size: layer.allocated().ok(),
         };
+        // The host is asked for sizes: not under the lock, which a pivot needs.
+        let layers = self.layers().clone();
         DiskStatus {
             id: self.id.clone(),
             capacity: self.capacity(),
@@ -214,7 +218,7 @@ impl Chain {
             write_errors: self.parking.policy(),
             io_status: self.parking.status(),
             parked: self.parking.parked() as u64,
-            layers: self.layers().iter().map(image).collect(),
+            layers: layers.iter().map(image).collect(),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Export: one disk of a snapshot, whole, as a new raw or qcow2 file.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,11 +17,11 @@ const CHUNK: u64 = 1 << 20;
 /// What is not written if it is all zeroes, so that the file stays as sparse as the disk.
 const GRAIN: usize = 4096;
 
-/// Told as the export goes on: bytes of the disk done, and of it in all.
-pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+/// Told as the export goes on: bytes of the disk done, and of it in all. What it returns says whether to go on.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> ControlFlow<()>;
 
 /// Writes `disk` to the new file `out`. It appears under its name only when it is whole and on stable storage; on an
-/// error nothing is left behind. An existing file is never overwritten.
+/// error, and when it is called off, nothing is left behind. An existing file is never overwritten.
 pub(crate) fn export(disk: &dyn Disk, out: &Path, format: ImageFormat, progress: Progress<'_>) -> Result<()> {
     refuse_existing(out)?;
     check_folder(out)?;
@@ -168,7 +169,9 @@ fn copy(
             }
             offset += extent.len;
         }
-        progress(offset, capacity);
+        if progress(offset, capacity).is_break() {
+            return Err(Error::new(ErrorKind::Busy, "the export was called off"));
+        }
     }
     Ok(())
 }
@@ -234,7 +237,11 @@ mod tests {
         let out = folder.path().join("out.raw");
         let (bytes, disk) = disk();
         let mut told = Vec::new();
-        export(&disk, &out, ImageFormat::Raw, &mut |done, total| told.push((done, total))).unwrap();
+        export(&disk, &out, ImageFormat::Raw, &mut |done, total| {
+            told.push((done, total));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
         assert!(std::fs::read(&out).unwrap() == bytes);
         assert!(out.metadata().unwrap().blocks() * 512 <= 10 * GRAIN as u64);
         assert_eq!(told.last(), Some(&(disk.capacity(), disk.capacity())));
@@ -246,7 +253,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out.qcow2");
         let (bytes, disk) = disk();
-        export(&disk, &out, ImageFormat::Qcow2, &mut |_, _| {}).unwrap();
+        export(&disk, &out, ImageFormat::Qcow2, &mut |_, _| ControlFlow::Continue(())).unwrap();
         let how = Open { writable: false, cache: Cache::Writeback };
         let image =
             Image::open(Parts::new(Arc::new(HostFile::open(&out, how).unwrap()), None), Mode::ReadOnly)
@@ -262,20 +269,39 @@ mod tests {
         let out = folder.path().join("out.raw");
         std::fs::write(&out, "mine").unwrap();
         let (_, disk) = disk();
-        let error = export(&disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
+        let error = export(&disk, &out, ImageFormat::Raw, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
         assert_eq!(std::fs::read(&out).unwrap(), b"mine");
 
-        let error =
-            export(&disk, &folder.path().join("no/out"), ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
+        let error = export(&disk, &folder.path().join("no/out"), ImageFormat::Raw, &mut |_, _| {
+            ControlFlow::Continue(())
+        })
+        .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidInput, "no snapshot and no disk was not found");
 
         let storage = block::testing::FaultStorage::new(MemStorage::from(vec![1; 4096]));
         storage.fail_reads(1);
         let failing = RawDisk::new(Arc::new(storage), true).unwrap();
         let out = folder.path().join("none.raw");
-        export(&failing, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
+        export(&failing, &out, ImageFormat::Raw, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    /// Even at its last piece.
+    #[test]
+    fn an_export_that_is_called_off_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, disk) = disk();
+        for format in [ImageFormat::Raw, ImageFormat::Qcow2] {
+            for last in [0, disk.capacity()] {
+                let mut go_on = |done, _| match done > last || done == disk.capacity() {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                };
+                export(&disk, &folder.path().join("out"), format, &mut go_on).unwrap_err();
+                assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+            }
+        }
     }
 
     #[test]
@@ -284,13 +310,13 @@ mod tests {
         let (out, partial) = (folder.path().join("out.raw"), folder.path().join("out.raw.partial"));
         let (bytes, disk) = disk();
         let first = create_partial(&partial).unwrap();
-        let error = export(&disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap_err();
+        let error = export(&disk, &out, ImageFormat::Raw, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
         assert!(partial.exists());
         // The first one is killed, and leaves its file.
         drop(first);
         std::fs::write(&partial, "a rest").unwrap();
-        export(&disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap();
+        export(&disk, &out, ImageFormat::Raw, &mut |_, _| ControlFlow::Continue(())).unwrap();
         assert!(std::fs::read(&out).unwrap() == bytes);
         assert!(!partial.exists());
     }

@@ -325,6 +325,12 @@ impl Layer {
         self.image().map_or(0, |image| image.pending())
     }
 
+    /// Bytes that it takes on the host.
+    pub(crate) fn allocated(&self) -> Result<u64> {
+        let files = self.open.load().files.clone();
+        Ok(files.image.allocated()? + files.data.map_or(Ok(0), |data| data.allocated())?)
+    }
+
     /// Its host file, for its size and its holes.
     pub(crate) fn storage(&self) -> Arc<HostFile> {
         Arc::clone(&self.open.load().files.image)

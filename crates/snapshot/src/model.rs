@@ -397,6 +397,11 @@ pub struct DiskLayer {
     pub path: PathBuf,
     /// Its format.
     pub format: ImageFormat,
+    /// Bytes that it shows: those of its disk when the next layer was put on it.
+    pub virtual_size: u64,
+    /// Bytes that it takes on the host; absent where the host does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub actual_size: Option<u64>,
 }
 
 #[cfg(test)]

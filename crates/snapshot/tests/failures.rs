@@ -5,6 +5,7 @@
 mod bench;
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -110,7 +111,8 @@ fn a_snapshot_whose_deletion_was_cut_short_can_only_be_deleted() {
     edit_manifest(&bench, "\"snapshots\": [", "\"deleting\": [\"one\"], \"snapshots\": [");
     let manager = bench.open();
     let out = bench.path("out");
-    let exported = manager.export("one", "vda", &out, ImageFormat::Raw, &mut |_, _| {});
+    let exported =
+        manager.export("one", "vda", &out, ImageFormat::Raw, &mut |_, _| ControlFlow::Continue(()));
     for error in [exported.unwrap_err(), manager.revert("one", false).unwrap_err()] {
         assert!(error.to_string().contains("delete it again"), "{error}");
     }
@@ -422,7 +424,9 @@ fn qemu_reads_sealed_layers_of_a_running_daemon() {
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         }
         let exported = bench.path("exported");
-        manager.export(round, "vda", &exported, ImageFormat::Raw, &mut |_, _| {}).unwrap();
+        manager
+            .export(round, "vda", &exported, ImageFormat::Raw, &mut |_, _| ControlFlow::Continue(()))
+            .unwrap();
         let format = if round == "first" { "raw" } else { "qcow2" };
         let output = run(&["compare", "-f", format, "-F", "raw", name, exported.to_str().unwrap()]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

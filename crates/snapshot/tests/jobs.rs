@@ -7,6 +7,7 @@
 mod bench;
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -436,6 +437,7 @@ fn a_snapshot_that_is_being_read_is_not_spoiled() {
     manager
         .export("s0", "vda", &out, snapshot::ImageFormat::Raw, &mut |_, _| {
             refused.get_or_insert_with(|| delete(&manager, "s0"));
+            ControlFlow::Continue(())
         })
         .unwrap();
     assert!(refused.unwrap().unwrap_err().contains("being read"));

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed step of a test ends it")]
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
@@ -215,7 +216,8 @@ fn bad_requests_are_refused_and_change_nothing() {
     assert_eq!(manager.list().len(), 1);
     assert_eq!(manager.show("none").unwrap_err().kind(), ErrorKind::NotFound);
     let out = bench.path("out");
-    let exported = manager.export("taken", "vdz", &out, ImageFormat::Raw, &mut |_, _| {});
+    let exported =
+        manager.export("taken", "vdz", &out, ImageFormat::Raw, &mut |_, _| ControlFlow::Continue(()));
     assert_eq!(exported.unwrap_err().kind(), ErrorKind::NotFound);
 }
 
@@ -380,4 +382,23 @@ fn a_base_with_its_data_in_a_file_of_its_own_is_served() {
     assert!(checked.unwrap().success());
     let manager = bench.open();
     assert_eq!((byte(&manager, "vda", 0), byte(&manager, "vda", 8192)), (1, 2));
+}
+
+#[test]
+fn each_layer_tells_its_size_and_what_it_takes_on_the_host() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    snapshot(&manager, "one");
+    manager.resize("vda", 2 * SIZE).unwrap();
+    let sizes = || {
+        let layers = manager.disks().remove(0).layers;
+        layers.iter().map(|layer| (layer.virtual_size, layer.actual_size.unwrap())).collect::<Vec<_>>()
+    };
+    let empty = sizes();
+    assert_eq!(empty[0], (SIZE, 0), "the base is all holes");
+    assert_eq!(empty[1].0, 2 * SIZE);
+    (0..16).for_each(|place| stamp(&manager, "vda", place << 16, 1));
+    let written = sizes();
+    assert_eq!(written[0], empty[0]);
+    assert!(written[1].1 >= empty[1].1 + (16 << 12), "{empty:?} {written:?}");
 }

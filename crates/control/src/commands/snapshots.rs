@@ -107,7 +107,7 @@ fn export(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     absolute(&target)?;
     let progress = |offset: u64, len: u64| {
         let data = json!({ "name": name, "disk": disk, "offset": offset, "len": len });
-        (caller.progress)(EXPORT_PROGRESS, data);
+        (caller.progress)(EXPORT_PROGRESS, data)
     };
     caller.service.export(&name, &disk, &target, format, &progress)?;
     nothing()

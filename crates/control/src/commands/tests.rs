@@ -1,4 +1,5 @@
 use std::cell::RefCell;
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use snapshot::CreateRequest;
@@ -10,7 +11,7 @@ use crate::testing::Fake;
 
 /// Runs requests one after the other as one client, and returns what came of the last.
 fn run_all(service: &Fake, negotiated: bool, requests: &[Value]) -> Outcome {
-    let caller = Caller { service, client: 1, progress: &|_, _| {} };
+    let caller = Caller { service, client: 1, progress: &|_, _| ControlFlow::Continue(()) };
     let mut negotiated = negotiated;
     let mut last = nothing();
     for request in requests {
@@ -135,11 +136,11 @@ fn a_revert_discards_newer_snapshots_only_if_told_so() {
 fn an_export_tells_how_far_it_is() {
     let (service, _events) = Fake::new();
     let seen = RefCell::new(Vec::new());
-    let caller = Caller {
-        service: &service,
-        client: 1,
-        progress: &|name, data| seen.borrow_mut().push((name.to_owned(), data)),
+    let progress = |name: &str, data| {
+        seen.borrow_mut().push((name.to_owned(), data));
+        ControlFlow::Continue(())
     };
+    let caller = Caller { service: &service, client: 1, progress: &progress };
     service.create(CreateRequest { name: "a".into(), disks: None, freeze: None }).unwrap();
     let arguments = json!({"name": "a", "disk": "vda", "target": "/x", "format": "qcow2"});
     let (_, request) = parse_request(json!({"execute": "snapshot-export", "arguments": arguments}));
@@ -158,6 +159,7 @@ fn the_disks_are_shown_as_qemu_shows_them() {
     assert_eq!(inserted["backing_file_depth"], 1);
     assert_eq!(inserted["image"]["backing-filename"], "/images/base.raw");
     assert_eq!(inserted["image"]["virtual-size"], 1 << 30);
+    assert_eq!(inserted["image"]["actual-size"], 8192);
     assert_eq!(inserted["cache"], json!({"writeback": true, "direct": true, "no-flush": false}));
     let nodes = run_one("query-named-block-nodes", json!({})).unwrap();
     assert_eq!(nodes[0], *inserted);

@@ -2,6 +2,7 @@
 //! return must be what it says.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use serde_json::json;
@@ -48,7 +49,7 @@ fn what_the_check_lets_pass_the_types_take() {
     for (name, signature) in SCHEMA.commands.iter().filter(|(name, _)| *name != "qmp_capabilities") {
         for (turn, full) in (0..16).flat_map(|turn| [(turn, true), (turn, false)]) {
             let (service, _events) = Fake::new();
-            let caller = Caller { service: &service, client: 1, progress: &|_, _| {} };
+            let caller = Caller { service: &service, client: 1, progress: &|_, _| ControlFlow::Continue(()) };
             let arguments = sample(&signature.arguments, turn, full);
             if let Err(error) = run(&caller, name, arguments.as_object().unwrap().clone()) {
                 let story = format!("{name} with {arguments}: {}", error.desc);
@@ -118,7 +119,7 @@ fn every_type_that_is_named_is_defined_and_every_type_that_is_defined_is_used() 
 #[test]
 fn what_commands_return_is_what_is_documented() {
     let (service, _events) = Fake::new();
-    let caller = Caller { service: &service, client: 1, progress: &|_, _| {} };
+    let caller = Caller { service: &service, client: 1, progress: &|_, _| ControlFlow::Continue(()) };
     let prepare = |name: &str| json!({"name": name});
     let calls = [
         ("query-version", json!({})),
@@ -249,7 +250,10 @@ fn the_events_and_their_data_are_the_documented_ones() {
         conforms(&SCHEMA.events[event.name()], &json!(event), event.name());
     }
     assert_eq!(SCHEMA.events.keys().collect::<Vec<_>>(), seen.keys().collect::<Vec<_>>());
-    let progress = |name: &str, data: Value| conforms(&SCHEMA.events[name], &data, name);
+    let progress = |name: &str, data: Value| {
+        conforms(&SCHEMA.events[name], &data, name);
+        ControlFlow::Continue(())
+    };
     let export = json!({"name": "a", "disk": "vda", "target": "/x", "format": "raw"});
     let caller = Caller { service: &service, client: 1, progress: &progress };
     run(&caller, "snapshot-export", export.as_object().unwrap().clone()).unwrap();

@@ -1,6 +1,7 @@
 //! Who is asked: a running daemon by its socket, or a state directory whose daemon does not run.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use block::ErrorKind;
@@ -240,7 +241,10 @@ impl Via {
                 connection.ask_watching(&what, "snapshot-export", arguments, &mut on_event).map(drop)
             }
             Self::State(service) => service
-                .export(name, disk, target, format, &|done, total| progress.report(done, total))
+                .export(name, disk, target, format, &|done, total| {
+                    progress.report(done, total);
+                    ControlFlow::Continue(())
+                })
                 .map_err(|error| of_state(&what, &error)),
         }
     }

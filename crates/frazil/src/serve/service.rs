@@ -1,6 +1,7 @@
 //! The manager, as the QMP server and the offline commands want it.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -129,7 +130,7 @@ impl Service for Daemon {
         disk: &str,
         target: &Path,
         format: ImageFormat,
-        progress: &dyn Fn(u64, u64),
+        progress: &dyn Fn(u64, u64) -> ControlFlow<()>,
     ) -> Result<()> {
         self.manager.export(name, disk, target, format, &mut |done, total| progress(done, total))
     }

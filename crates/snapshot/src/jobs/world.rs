@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::{Context, Error, ErrorKind, Result, WriteErrors};
 
@@ -14,7 +14,7 @@ use crate::layer::Opening;
 use crate::manager::Prepared;
 use crate::store::Store;
 
-/// How often it is looked whether a prepared snapshot has been released.
+/// How often it is looked whether a prepared snapshot has been released, or readers have gone.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Everything that jobs share with the manager.
@@ -104,6 +104,17 @@ impl Readers {
         }
         *count += 1;
         Ok(Reading { readers: self.clone(), snapshot: snapshot.to_owned() })
+    }
+
+    /// Waits until nobody reads a snapshot, and says whether that came to be in time.
+    pub(crate) fn wait_for_none(&self, deadline: Instant) -> bool {
+        while !self.counts().is_empty() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
+        true
     }
 
     /// Keeps readers away, for as long as what this returns lives. Refuses if there is one.

@@ -7,6 +7,7 @@ mod seals;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
@@ -88,6 +89,8 @@ pub struct Manager {
     /// Held, after `chains`, by whoever closes images, and by housekeeping while it flushes them.
     images: Arc<Mutex<()>>,
     readers: Readers,
+    /// Whoever reads a snapshot shall stop.
+    ending: AtomicBool,
     pub(crate) jobs: Arc<Jobs>,
     housekeeping: Option<Housekeeping>,
     _collector: Option<Collector>,
@@ -177,6 +180,7 @@ impl Manager {
             chains: Arc::clone(&world.chains),
             images: Arc::default(),
             readers: world.readers.clone(),
+            ending: AtomicBool::new(false),
             jobs: Arc::new(Jobs::new(world)),
             housekeeping: None,
             _collector: collector,

@@ -1,7 +1,9 @@
 //! Reading snapshots: what there are, probes and exports.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use block::{Disk, Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
@@ -44,7 +46,8 @@ impl Manager {
         disks.into_iter().map(probe).collect()
     }
 
-    /// Writes one disk of a snapshot to the new file `out`.
+    /// Writes one disk of a snapshot to the new file `out`. Called off, and nothing is left, when `progress` says so and
+    /// when the daemon ends.
     pub fn export(
         &self,
         name: &str,
@@ -54,7 +57,11 @@ impl Manager {
         progress: Progress<'_>,
     ) -> Result<()> {
         let _reading = self.readers.enter(name)?;
-        export::export(&*self.snapshot_disk(name, disk)?, out, format, progress)
+        let mut go_on = |done, total| match self.ending.load(Ordering::Acquire) {
+            true => ControlFlow::Break(()),
+            false => progress(done, total),
+        };
+        export::export(&*self.snapshot_disk(name, disk)?, out, format, &mut go_on)
     }
 
     fn snapshot_disk(&self, name: &str, id: &str) -> Result<Arc<dyn Disk>> {

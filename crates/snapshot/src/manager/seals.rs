@@ -1,6 +1,10 @@
 //! What must be on stable storage before something else may go on, and the daemon's end.
 
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
 use block::{Context, Disk, Result};
+use tracing::warn;
 
 use super::Manager;
 use crate::chain::Chain;
@@ -9,9 +13,12 @@ use crate::group::{Served, seal};
 use crate::manifest::Unsealed;
 use crate::model::Event;
 
+/// How long the daemon's end waits for exports that it has called off: each has at most a piece to read and to write.
+const READER_PATIENCE: Duration = Duration::from_secs(5);
+
 impl Manager {
-    /// The first half of the daemon's end: takes no more changes, waits for the one under way, and undoes what is
-    /// prepared. The disks are still being served, for a guest can hardly thaw without them. An error says what could
+    /// The first half of the daemon's end: takes no more changes, waits for the one under way, undoes what is prepared, and
+    /// calls off exports. The disks are still being served, for a guest can hardly thaw without them. An error says what could
     /// not be undone.
     pub fn end_changes(&self) -> Result<()> {
         let mut change = self.lock_change();
@@ -23,6 +30,10 @@ impl Manager {
         };
         drop(chains);
         self.jobs.stop();
+        self.ending.store(true, Ordering::Release);
+        if !self.readers.wait_for_none(Instant::now() + READER_PATIENCE) {
+            warn!("an export or a probe does not end, and may leave a part of its file");
+        }
         ended
     }
 

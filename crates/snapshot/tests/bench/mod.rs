@@ -4,6 +4,7 @@
 #![allow(unreachable_pub, reason = "a module of several test binaries")]
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -53,7 +54,7 @@ impl Bench {
 
     pub fn export(&self, manager: &Manager, name: &str, disk: &str) -> Vec<u8> {
         let out = self.path(&format!("{name}-{disk}.out"));
-        manager.export(name, disk, &out, ImageFormat::Raw, &mut |_, _| {}).unwrap();
+        manager.export(name, disk, &out, ImageFormat::Raw, &mut |_, _| ControlFlow::Continue(())).unwrap();
         let bytes = std::fs::read(&out).unwrap();
         std::fs::remove_file(out).unwrap();
         bytes
