@@ -114,12 +114,9 @@ fn a_flood_takes_no_more_threads_than_there_may_be_and_each_request_is_answered(
     let rig = Rig::new(Config::default(), Arc::clone(&storage) as _);
     let mut client = rig.client(Style::Structured);
     let mut sender = client.stream.try_clone().unwrap();
-    let flood = thread::spawn(move || {
-        for cookie in 0..COUNT {
-            let ask = Ask { command: command::READ, len: 512, ..Ask::default() };
-            sender.write_all(&request(Style::Structured, cookie, ask)).unwrap();
-        }
-    });
+    let ask = Ask { command: command::READ, len: 512, ..Ask::default() };
+    let all: Vec<u8> = (0..COUNT).flat_map(|cookie| request(Style::Structured, cookie, ask)).collect();
+    let flood = thread::spawn(move || sender.write_all(&all).unwrap());
     eventually(|| storage.waiting.load(Ordering::SeqCst) == 8);
     thread::sleep(Duration::from_millis(50));
     assert_eq!(storage.waiting.load(Ordering::SeqCst), 8, "as many are in flight as there may be threads");
