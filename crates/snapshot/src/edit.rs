@@ -9,6 +9,7 @@ use block::{Error, ErrorKind, Result};
 
 use crate::layer::{Layer, Opening};
 use crate::manifest::{LayerEntry, Manifest};
+use crate::marks::{Boundary, Draft};
 use crate::store::Store;
 
 /// Brings the disks of a snapshot back to it: what was written since is gone. Newer snapshots of the same disks are
@@ -28,7 +29,12 @@ pub(crate) fn revert(store: &Store, name: &str, discard_newer: bool) -> Result<(
     }
     let mut overlays = Vec::new();
     let reverted = create_overlays(store, &spans, &mut overlays).and_then(|()| {
-        store.update(|manifest| {
+        let mut draft = Draft::new(store);
+        for (span, overlay) in spans.iter().zip(&overlays) {
+            turn_back(&mut draft.manifest, span, &overlay.entry);
+        }
+        spans.iter().zip(&overlays).try_for_each(|(span, overlay)| fold(&mut draft, span, &overlay.entry))?;
+        draft.commit(|manifest| {
             for (span, overlay) in spans.iter().zip(&overlays) {
                 turn_back(manifest, span, &overlay.entry);
             }
@@ -65,10 +71,21 @@ fn turn_back(manifest: &mut Manifest, span: &Span, overlay: &LayerEntry) {
     }
 }
 
+/// Keeps what the layers above a snapshot tell of changes, as far as checkpoints and bitmaps need it. `overlay` is put in
+/// their place.
+fn fold(draft: &mut Draft<'_>, span: &Span, overlay: &LayerEntry) -> Result<()> {
+    let gone: Vec<_> = span.above.iter().map(|layer| layer.number).collect();
+    let store = draft.store();
+    let open = || store.open_layers(&span.id, span.layer + 1 + gone.len(), Opening::OFFLINE, None);
+    draft.fold_revert(&span.id, open, &gone, (span.boundary, overlay.number))
+}
+
 /// One disk's part of a snapshot: the index of the layer that holds it, and what lies above.
 struct Span {
     id: String,
     layer: usize,
+    /// The snapshot's instant.
+    boundary: Boundary,
     above: Vec<LayerEntry>,
 }
 
@@ -76,8 +93,9 @@ fn spans(manifest: &Manifest, name: &str) -> Result<Vec<Span>> {
     let mut spans = Vec::new();
     for disk in &manifest.snapshot(name)?.disks {
         let layer = manifest.layer_of(name, &disk.id)?;
-        let above = manifest.disk(&disk.id)?.layers[layer + 1..].to_vec();
-        spans.push(Span { id: disk.id.clone(), layer, above });
+        let layers = &manifest.disk(&disk.id)?.layers;
+        let (boundary, above) = (layers[layer].boundary(), layers[layer + 1..].to_vec());
+        spans.push(Span { id: disk.id.clone(), layer, boundary, above });
     }
     Ok(spans)
 }

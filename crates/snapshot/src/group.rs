@@ -23,7 +23,7 @@ pub(crate) struct Served {
 /// The disks of a cut, before it.
 pub(crate) struct Group {
     pub(crate) store: Arc<Store>,
-    /// The snapshot's; a job's pivot takes none.
+    /// The snapshot's; a job's pivot and a cut for marks take none.
     pub(crate) name: Option<String>,
     pub(crate) disks: Vec<Served>,
 }
@@ -38,18 +38,22 @@ struct Prepared {
 
 struct PreparedGroup {
     store: Arc<Store>,
+    /// Whether the cut makes a snapshot.
+    is_named: bool,
     disks: Vec<Prepared>,
 }
 
 struct PivotedGroup {
     store: Arc<Store>,
+    is_named: bool,
     /// Each disk with the layer that holds its frozen state.
     disks: Vec<(Arc<Chain>, Arc<Layer>)>,
 }
 
 impl Layers for Group {
     fn prepare(self: Box<Self>) -> Result<Box<dyn PreparedLayers>> {
-        let mut prepared = PreparedGroup { store: Arc::clone(&self.store), disks: Vec::new() };
+        let (store, is_named) = (Arc::clone(&self.store), self.name.is_some());
+        let mut prepared = PreparedGroup { store, is_named, disks: Vec::new() };
         match self.create(&mut prepared.disks) {
             Ok(()) => Ok(Box::new(prepared)),
             Err(error) => {
@@ -102,7 +106,7 @@ impl PreparedLayers for PreparedGroup {
     }
 
     fn pivot(self: Box<Self>) -> Box<dyn PivotedLayers> {
-        let Self { store, disks } = *self;
+        let Self { store, is_named, disks } = *self;
         let disks = disks
             .into_iter()
             .filter_map(|disk| {
@@ -110,7 +114,7 @@ impl PreparedLayers for PreparedGroup {
                 Some((disk.chain, frozen))
             })
             .collect();
-        Box::new(PivotedGroup { store, disks })
+        Box::new(PivotedGroup { store, is_named, disks })
     }
 }
 
@@ -124,7 +128,7 @@ impl PivotedLayers for PivotedGroup {
     }
 
     fn record(&mut self, record: &SnapshotRecord) -> Result<()> {
-        self.store.enter(record)
+        if self.is_named { self.store.enter(record) } else { Ok(()) }
     }
 
     fn seal(&mut self) -> Result<()> {

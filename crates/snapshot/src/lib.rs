@@ -14,6 +14,7 @@ mod journals;
 mod layer;
 mod manager;
 mod manifest;
+mod marks;
 mod model;
 pub mod probe;
 mod request;
@@ -34,6 +35,10 @@ pub use jobs::{
 };
 pub use layer::DEFAULT_METADATA_CACHE;
 pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager};
+pub use marks::{
+    BitmapInfo, BitmapLock, BitmapName, Changes, CheckpointDisk, CheckpointRecord, CheckpointRequest,
+    CutRequest, DEFAULT_GRANULARITY, MarkChange, Pin, Point, Taken,
+};
 pub use model::{
     CreateRequest, DiskLayer, DiskStatus, ErrorAction, Event, FreezeOwner, FreezePolicy, Grade, ImageFormat,
     IoOperation, SnapshotDisk, SnapshotRecord, Step, Timing, millis,

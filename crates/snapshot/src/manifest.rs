@@ -11,6 +11,7 @@ use block::{Context, Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::jobs::JobRecord;
+use crate::marks::{Boundary, CheckpointRecord, DiskMarks, PinEntry};
 use crate::model::{ImageFormat, SnapshotDisk, SnapshotRecord};
 
 /// The version of the file's layout that this code reads and writes.
@@ -40,6 +41,12 @@ pub(crate) struct Manifest {
     /// Images that have left their chain and are about to be removed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) unused: Vec<Unused>,
+    /// In the order in which they were made.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) checkpoints: Vec<CheckpointRecord>,
+    /// What this process reads of layers; see [`Store::change_pins`](crate::store::Store::change_pins).
+    #[serde(skip)]
+    pub(crate) pins: Vec<PinEntry>,
 }
 
 /// An image that no chain has any more.
@@ -62,6 +69,9 @@ pub(crate) struct DiskEntry {
     /// known by it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) base: Option<Base>,
+    /// What is known of its changes, apart from what its layers tell.
+    #[serde(default, skip_serializing_if = "DiskMarks::is_empty")]
+    pub(crate) marks: DiskMarks,
 }
 
 /// An image that the user gave.
@@ -95,6 +105,16 @@ pub(crate) struct LayerEntry {
     /// flush of the guest would reach it any more.
     #[serde(default)]
     pub(crate) sealed: bool,
+    /// The highest number of those that were merged down into it, if any were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) merged: Option<u32>,
+}
+
+impl LayerEntry {
+    /// The boundary above it: what it holds was written before, what the layers above hold was written after.
+    pub(crate) fn boundary(&self) -> Boundary {
+        self.merged.unwrap_or(self.number) + 1
+    }
 }
 
 /// Which of a disk's layers may not be on stable storage.
@@ -120,6 +140,8 @@ impl Manifest {
             deleting: BTreeSet::new(),
             jobs: Vec::new(),
             unused: Vec::new(),
+            checkpoints: Vec::new(),
+            pins: Vec::new(),
         }
     }
 
@@ -274,11 +296,19 @@ impl Manifest {
         }
     }
 
-    /// The snapshots that the image `from` held are held by `to`.
-    pub(crate) fn move_snapshots(&mut self, id: &str, from: &Path, to: &LayerEntry) {
+    /// The layers from `from` on were merged down into it: it holds the snapshot that `from` held, and is read instead of it.
+    pub(crate) fn merge_down(&mut self, id: &str, from: &LayerEntry, to: &LayerEntry) {
         let parts = self.snapshots.iter_mut().flat_map(|snapshot| &mut snapshot.disks);
-        for part in parts.filter(|part| part.id == id && part.path == from) {
+        for part in parts.filter(|part| part.id == id && part.path == from.path) {
             (part.path, part.format) = (to.path.clone(), to.format);
+        }
+        let pins = self.pins.iter_mut().filter(|pin| pin.disk == id && pin.holder == from.number);
+        pins.for_each(|pin| pin.holder = to.number);
+        let layers = self.disks.get_mut(id).map(|disk| &mut disk.layers[..]).unwrap_or_default();
+        let highest = layers.iter().find(|layer| layer.number == from.number).map(LayerEntry::boundary);
+        let target = layers.iter_mut().find(|layer| layer.number == to.number);
+        if let Some((target, boundary)) = target.zip(highest) {
+            target.merged = Some(boundary - 1);
         }
     }
 
@@ -305,9 +335,16 @@ mod tests {
         let path = folder.path().join("manifest.json");
         assert_eq!(Manifest::load(&path).unwrap(), None);
         let mut manifest = Manifest::empty("boot");
-        let layer =
-            LayerEntry { path: "/images/a.raw".into(), format: ImageFormat::Raw, number: 0, sealed: false };
-        manifest.disks.insert("vda".into(), DiskEntry { layers: vec![layer], next: 1, base: None });
+        let layer = LayerEntry {
+            path: "/images/a.raw".into(),
+            format: ImageFormat::Raw,
+            number: 0,
+            sealed: false,
+            merged: None,
+        };
+        manifest
+            .disks
+            .insert("vda".into(), DiskEntry { layers: vec![layer], next: 1, ..DiskEntry::default() });
         manifest.store(&path).unwrap();
         assert_eq!(Manifest::load(&path).unwrap(), Some(manifest));
     }

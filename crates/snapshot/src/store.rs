@@ -6,6 +6,7 @@
 //! STATE/thaw-owed.json   exists while a guest may be frozen
 //! STATE/journal/         what active qcow2 layers have acknowledged but not flushed
 //! STATE/layers/          overlays of disks whose base is not a regular file
+//! STATE/marks/           what changed, of layers that were merged, and of dirty bitmaps
 //! ```
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
@@ -22,6 +23,7 @@ use crate::backing::AllowedFolders;
 use crate::journals::JournalFolder;
 use crate::layer::{Access, Beneath, Layer, Opening};
 use crate::manifest::{DiskEntry, LayerEntry, Manifest, Unsealed, Unused};
+use crate::marks::{BitsFiles, PinEntry};
 use crate::model::{ImageFormat, SnapshotRecord};
 
 /// How many numbers are tried for an overlay whose file name is taken by the rest of a crashed attempt.
@@ -38,12 +40,14 @@ pub(crate) struct Store {
     manifest: Mutex<Manifest>,
     /// Held by whoever changes the manifest, as long as the change is being written.
     writing: Mutex<()>,
+    bits: BitsFiles,
 }
 
 impl Store {
     /// Opens the directory, making it if need be (mode 0700), for this process alone.
     pub(crate) fn open(folder: &Path, folders: AllowedFolders) -> Result<Self> {
-        for path in [folder.to_owned(), folder.join("journal"), folder.join("layers")] {
+        let folders_of_it = ["journal", "layers", "marks"].map(|name| folder.join(name));
+        for path in [folder.to_owned()].into_iter().chain(folders_of_it) {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
             made.context(|| format!("make the folder {}", path.display()))?;
         }
@@ -53,7 +57,10 @@ impl Store {
         let loaded = Manifest::load(&folder.join("manifest.json"))?;
         let journals = JournalFolder { path: folder.join("journal"), boot_id: boot_id.clone() };
         let manifest = Mutex::new(Manifest::empty(&boot_id));
-        let store = Self { folder, _lock: lock, journals, folders, manifest, writing: Mutex::default() };
+        let named = loaded.as_ref().map(Manifest::bits_files).unwrap_or_default();
+        let bits = BitsFiles::open(&folder.join("marks"), &named)?;
+        let writing = Mutex::default();
+        let store = Self { folder, _lock: lock, journals, folders, manifest, writing, bits };
         if let Some(manifest) = loaded {
             *store.manifest() = manifest;
             store.settle(&boot_id);
@@ -76,6 +83,8 @@ impl Store {
             warn!(snapshot = name, "the host went down before this snapshot was synced: dropped");
             settled.forget(&name);
         }
+        // They live as long as the daemon did. The files of their bits go with the next change of marks.
+        settled.disks.values_mut().for_each(|disk| disk.marks.bitmaps.retain(|bitmap| bitmap.persistent));
         boot_id.clone_into(&mut settled.boot_id);
         if settled == *self.manifest() {
             return;
@@ -115,6 +124,18 @@ impl Store {
         }
         *self.manifest() = changed;
         Ok(())
+    }
+
+    /// Changes what this process reads, of which nothing is on disk.
+    pub(crate) fn change_pins(&self, change: impl FnOnce(&mut Vec<PinEntry>)) {
+        // Who is changing the manifest has a copy of them.
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut self.manifest().pins);
+    }
+
+    /// The files of changes.
+    pub(crate) fn bits(&self) -> &BitsFiles {
+        &self.bits
     }
 
     /// Enters a snapshot that was taken, which can not be undone: if it can not be written now, the next change of
@@ -157,12 +178,14 @@ impl Store {
             );
             return Err(Error::new(ErrorKind::InvalidInput, story));
         }
-        let base = LayerEntry { path, format, number: 0, sealed: read_only };
+        let base = LayerEntry { path, format, number: 0, sealed: read_only, merged: None };
         // Opened before it is remembered: a mistake must not be.
         let access = if read_only { Access::Read } else { Access::Write { journals: &self.journals } };
         Layer::open(id, &base, Beneath::Named(&self.folders), how, access)?;
         self.update(|manifest| {
-            manifest.disks.insert(id.to_owned(), DiskEntry { layers: vec![base], next: 1, base: None });
+            manifest
+                .disks
+                .insert(id.to_owned(), DiskEntry { layers: vec![base], next: 1, ..DiskEntry::default() });
             Ok(())
         })
     }
@@ -264,7 +287,7 @@ impl Store {
         let first = self.manifest().disk(id)?.next;
         for number in first..first.saturating_add(MAX_LEFTOVERS) {
             let path = folder.join(format!("{stem}.{id}-{number:06}.qcow2"));
-            let entry = LayerEntry { path, format: ImageFormat::Qcow2, number, sealed: false };
+            let entry = LayerEntry { path, format: ImageFormat::Qcow2, number, sealed: false, merged: None };
             let file = match HostFile::create(&entry.path, Cache::Writeback) {
                 Ok(file) => file,
                 // Never over another file: it may be the rest of a crashed attempt, or not ours at all.

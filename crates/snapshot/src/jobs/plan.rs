@@ -109,6 +109,10 @@ fn segment(manifest: &Manifest, disk: &str, low: usize, high: usize, doomed: &[&
     let held = holders(manifest, disk, doomed);
     if let Some(index) = (low..high).find(|index| held.contains(index)) {
         let path = layers.get(index).map_or(Path::new(""), |layer| &layer.path);
+        if layers.get(index).is_some_and(|layer| manifest.is_pinned(disk, layer.number)) {
+            let story = format!("{} is being read as it was at an instant: try again later", path.display());
+            return Err(Error::new(ErrorKind::Busy, story));
+        }
         let names: Vec<_> = manifest.held_by(disk, path).map(|snapshot| snapshot.name.as_str()).collect();
         let story = format!(
             "{} holds snapshot '{}', which would be lost: delete it",
@@ -121,11 +125,12 @@ fn segment(manifest: &Manifest, disk: &str, low: usize, high: usize, doomed: &[&
     Ok(Segment { disk, layers: chosen.to_vec(), direction: None, with_last })
 }
 
-/// The indices of layers that hold a snapshot, `but` some.
+/// The indices of layers that hold a snapshot, `but` some, or are read as if they did.
 fn holders(manifest: &Manifest, disk: &str, but: &[&str]) -> BTreeSet<usize> {
     let layers = manifest.disks.get(disk).map_or(&[][..], |disk| &disk.layers);
     let holds = |layer: &LayerEntry| {
-        manifest.held_by(disk, &layer.path).any(|snapshot| !but.contains(&snapshot.name.as_str()))
+        manifest.is_pinned(disk, layer.number)
+            || manifest.held_by(disk, &layer.path).any(|snapshot| !but.contains(&snapshot.name.as_str()))
     };
     layers.iter().enumerate().filter(|(_, layer)| holds(layer)).map(|(index, _)| index).collect()
 }

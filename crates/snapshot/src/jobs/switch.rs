@@ -175,7 +175,7 @@ impl Work<'_> {
         }
         let layers = chain.layers().clone();
         let [rest @ .., beneath, top] = &layers[..] else { return Ok(()) };
-        if self.world.store.manifest().held_by(chain.id(), &beneath.entry.path).next().is_some() {
+        if self.world.store.manifest().must_not_go_on(chain.id(), &beneath.entry) {
             return Ok(());
         }
         // A front-end that connects from here on waits at the gate.
@@ -218,7 +218,7 @@ fn drop_layers(manifest: &mut Manifest, part: &Part) -> Result<()> {
     if part.direction == Some(Direction::Down)
         && let Some(highest) = part.layers.last()
     {
-        manifest.move_snapshots(&disk, &highest.entry.path, target);
+        manifest.merge_down(&disk, &highest.entry, target);
     }
     for layer in dropped {
         manifest.remove_layer(&disk, &layer.entry);

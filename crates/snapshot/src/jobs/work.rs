@@ -22,6 +22,7 @@ use super::world::World;
 use crate::group::Served;
 use crate::layer::{Access, JOB_TABLE_BYTES, Layer, MAX_PENDING};
 use crate::manifest::Manifest;
+use crate::marks::Draft;
 use crate::model::Grade;
 
 /// After so many bytes what was copied is synced and the manifest told: as much may be copied again after a kill.
@@ -191,14 +192,21 @@ impl<'a> Work<'a> {
         part.target()?.begin_writing(part.disk(), JOB_TABLE_BYTES, access)
     }
 
-    /// Writes down what is about to be done, before the first byte of it.
-    fn announce(&self, parts: &[Part]) -> Result<()> {
+    /// Writes down what is about to be done, before the first byte of it, and what the layers tell of changes that they will
+    /// not tell any more.
+    fn announce(&self, parts: &[Part]) -> Done<()> {
         let spoils = parts.iter().any(|part| part.direction == Some(Direction::Down));
         let spoiled: Vec<_> = doomed(self.task).into_iter().filter(|_| spoils).collect();
         // Until the manifest says that it goes, nobody begins to read it.
         let _closed =
             spoiled.iter().map(|name| self.world.readers.close(name)).collect::<Result<Vec<_>>>()?;
-        self.world.store.update(|manifest| {
+        let mut draft = Draft::new(&self.world.store);
+        draft.manifest.deleting.extend(doomed(self.task).into_iter().map(str::to_owned));
+        for part in parts {
+            // Not a pause: nobody else changes marks meanwhile.
+            draft.fold_merge(part.disk(), &part.layers, &mut || self.job.wait(Duration::ZERO))?;
+        }
+        draft.commit(|manifest| {
             for record in manifest.jobs.iter_mut().filter(|record| record.id == self.job.identity.id) {
                 record.moves = parts.iter().filter_map(Part::record).collect();
             }
@@ -211,7 +219,8 @@ impl<'a> Work<'a> {
             }
             spoiled.iter().for_each(|name| mark_deleting(manifest, name));
             Ok(())
-        })
+        })?;
+        Ok(())
     }
 
     fn copy(&self, parts: &mut [Part], index: usize) -> Done<()> {

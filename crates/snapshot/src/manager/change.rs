@@ -6,16 +6,33 @@ use std::time::{Duration, Instant};
 use block::{Error, ErrorKind, Result};
 
 use super::Manager;
-use crate::cut::{Cut, CutPlan, CutPorts, GateGroup, Held, Limits, SystemClock};
+use crate::cut::{Cut, CutPlan, CutPorts, Events, GateGroup, Held, Limits, SystemClock};
+use crate::events::Bus;
 use crate::group::Group;
-use crate::model::{CreateRequest, SnapshotRecord};
+use crate::marks::CutRequest;
+use crate::model::{CreateRequest, Event, SnapshotRecord};
 use crate::request;
 
 /// The longest lease of a prepared snapshot: the guest's disks stand still as long.
 pub const MAX_LEASE: Duration = Duration::from_secs(30);
 
+/// What a cut is called in messages that makes no snapshot.
+const UNNAMED: &str = "without a name";
+
+/// The listener of a cut that makes no snapshot: that the guest was stalled is worth telling, of a snapshot there is nothing
+/// to tell.
+struct StallsOnly(Arc<Bus>);
+
+impl Events for StallsOnly {
+    fn emit(&self, event: Event) {
+        if matches!(event, Event::Stall { .. }) {
+            self.0.emit(event);
+        }
+    }
+}
+
 /// The right to change chains.
-pub(super) struct Change<'a> {
+pub(crate) struct Change<'a> {
     _chains: MutexGuard<'a, ()>,
     _turn: MutexGuard<'a, bool>,
 }
@@ -31,7 +48,7 @@ impl Manager {
     /// Takes a snapshot; returns once it is sealed.
     pub fn create(&self, request: CreateRequest) -> Result<SnapshotRecord> {
         let _change = self.begin()?;
-        let (cut, group) = self.plan(request)?;
+        let (cut, group) = self.plan(request.into())?;
         cut.take(Box::new(group))
     }
 
@@ -44,7 +61,7 @@ impl Manager {
         }
         let _change = self.begin()?;
         let name = request.name.clone();
-        let (cut, group) = self.plan(request)?;
+        let (cut, group) = self.plan(request.into())?;
         let held = cut.prepare(Box::new(group))?;
         *self.held() = Some(Prepared { name, held, until: Instant::now() + lease });
         Ok(())
@@ -68,16 +85,18 @@ impl Manager {
     }
 
     /// The cut that a request asks for, and the layers of its disks.
-    fn plan(&self, request: CreateRequest) -> Result<(Cut, Group)> {
-        request::check_name(&request.name)?;
-        if self.store.manifest().snapshot(&request.name).is_ok() {
-            let story = format!("there is a snapshot '{}' already: choose another name", request.name);
-            return Err(Error::new(ErrorKind::Busy, story));
+    pub(crate) fn plan(&self, request: CutRequest) -> Result<(Cut, Group)> {
+        if let Some(name) = &request.snapshot {
+            request::check_name(name)?;
+            if self.store.manifest().snapshot(name).is_ok() {
+                let story = format!("there is a snapshot '{name}' already: choose another name");
+                return Err(Error::new(ErrorKind::Busy, story));
+            }
         }
         let disks = request::choose(&self.disks, request.disks.as_deref())?;
         self.finish_seals(disks.iter())?;
         let plan = CutPlan {
-            name: request.name.clone(),
+            name: request.snapshot.clone().unwrap_or_else(|| UNNAMED.to_owned()),
             policy: request.freeze.unwrap_or(self.defaults.policy),
             owner: self.defaults.owner,
             limits: Limits::default(),
@@ -86,14 +105,18 @@ impl Manager {
             gates: Box::new(GateGroup::new(disks.iter().map(|disk| Arc::clone(disk.chain.gate())).collect())),
             freezer: self.freezer.clone(),
             clock: Arc::new(SystemClock),
-            events: Arc::clone(&self.bus) as _,
+            events: match request.snapshot {
+                Some(_) => Arc::clone(&self.bus) as _,
+                None => Arc::new(StallsOnly(Arc::clone(&self.bus))),
+            },
         };
-        Ok((Cut::new(plan, ports), Group { store: Arc::clone(&self.store), name: Some(request.name), disks }))
+        let group = Group { store: Arc::clone(&self.store), name: request.snapshot, disks };
+        Ok((Cut::new(plan, ports), group))
     }
 
     /// The right to change chains. Refused while a snapshot is prepared or another change is under way: a client shall
     /// not wait for another one's guest.
-    pub(super) fn begin(&self) -> Result<Change<'_>> {
+    pub(crate) fn begin(&self) -> Result<Change<'_>> {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
         let change = match self.change.try_lock() {
             Ok(change) => change,

@@ -72,6 +72,10 @@ impl Manager {
     fn maintain(&self, name: &str, work: impl FnOnce(&Store) -> Result<()>) -> Result<()> {
         let ids = self.show(name)?.disks.into_iter().map(|disk| disk.id).collect();
         let _change = self.begin_alone(&ids)?;
+        if let Some(pin) = self.store.manifest().pins.iter().find(|pin| ids.contains(&pin.disk)) {
+            let story = format!("disk {} is being read by a backup: wait for it, or cancel it", pin.disk);
+            return Err(Error::new(ErrorKind::Busy, story));
+        }
         let _images = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         let disks: Vec<_> = ids.iter().filter_map(|id| self.disks.get(id)).collect();
         // A front-end that connects from here on waits at the gates.

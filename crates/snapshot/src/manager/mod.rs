@@ -24,6 +24,7 @@ use crate::group::Served;
 use crate::housekeeping::{Duties, Housekeeping, growth_folders};
 use crate::jobs::{Jobs, Readers, World};
 use crate::layer::{Layer, Opening};
+use crate::marks::Marks;
 use crate::model::{DiskStatus, Event, FreezeOwner, FreezePolicy, ImageFormat};
 use crate::store::Store;
 
@@ -93,6 +94,7 @@ pub struct Manager {
     ending: AtomicBool,
     pub(crate) jobs: Arc<Jobs>,
     housekeeping: Option<Housekeeping>,
+    pub(crate) marks: Marks,
     _collector: Option<Collector>,
 }
 
@@ -183,6 +185,7 @@ impl Manager {
             ending: AtomicBool::new(false),
             jobs: Arc::new(Jobs::new(world)),
             housekeeping: None,
+            marks: Marks::default(),
             _collector: collector,
         })
     }

@@ -47,7 +47,7 @@ impl Manager {
     }
 
     /// Does the seals that failed: no cut, and no end, may go on as if those layers were on stable storage.
-    pub(super) fn finish_seals<'a>(&self, disks: impl Iterator<Item = &'a Served>) -> Result<()> {
+    pub(crate) fn finish_seals<'a>(&self, disks: impl Iterator<Item = &'a Served>) -> Result<()> {
         let finish = |disk: &Served| {
             let story = || format!("the last snapshot of disk {} is not on stable storage", disk.chain.id());
             seal(&self.store, &disk.chain).context(story)

@@ -1,0 +1,110 @@
+//! What clients ask of dirty bitmaps.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use block::{DirtyBitmap, ErrorKind, Result};
+
+use super::bitmap::{BitmapInfo, BitmapName, Busy, dirty};
+use super::changes::Look;
+use super::cutting::Pin;
+use super::draft::Draft;
+use super::entry::BitmapEntry;
+use super::history::NOW;
+use crate::group::Served;
+use crate::manager::Manager;
+use crate::store::Store;
+
+/// What the manager keeps of marks in memory.
+#[derive(Debug, Default)]
+pub(crate) struct Marks {
+    pub(super) busy: Busy,
+    pub(super) next_pin: AtomicU64,
+}
+
+/// A bitmap that an operation uses: nobody else may, until this is dropped.
+#[derive(Debug)]
+pub struct BitmapLock {
+    store: Arc<Store>,
+    served: BTreeMap<String, Served>,
+    busy: Busy,
+    bitmap: BitmapName,
+}
+
+impl BitmapLock {
+    /// What was dirty at the instant of a pin of its disk.
+    pub fn dirty(&self, at: &Pin) -> Result<DirtyBitmap> {
+        let draft = Draft::new(&self.store);
+        let look = Look::new(&self.store, &draft.manifest, &self.served, &self.bitmap.disk)?;
+        let entry = draft.manifest.bitmap(&self.bitmap.disk, &self.bitmap.name)?;
+        dirty(&look, entry, at.instant().boundary)
+    }
+
+    /// Has it be clean at the instant of a pin of its disk: what was written since is dirty, if it records. On stable storage
+    /// when this returns.
+    pub fn restart(&self, at: &Pin) -> Result<()> {
+        let mut draft = Draft::new(&self.store);
+        let entry = draft.manifest.bitmap_mut(&self.bitmap.disk, &self.bitmap.name)?;
+        (entry.bits, entry.since) = (None, entry.since.map(|_| at.instant()));
+        draft.commit(|_| Ok(()))
+    }
+}
+
+impl Drop for BitmapLock {
+    fn drop(&mut self) {
+        self.busy.names().remove(&self.bitmap);
+    }
+}
+
+impl Manager {
+    /// A disk's dirty bitmaps.
+    pub fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>> {
+        let draft = Draft::new(&self.store);
+        let bitmaps = &draft.manifest.disk(disk)?.marks.bitmaps;
+        if bitmaps.is_empty() {
+            return Ok(Vec::new());
+        }
+        let look = Look::new(&self.store, &draft.manifest, &self.disks, disk)?;
+        bitmaps.iter().map(|entry| self.info(&look, entry)).collect()
+    }
+
+    fn info(&self, look: &Look<'_>, entry: &BitmapEntry) -> Result<BitmapInfo> {
+        let (count, inconsistent) = match dirty(look, entry, NOW) {
+            Ok(dirty) => (dirty.dirty_bytes(), false),
+            Err(error) if error.kind() == ErrorKind::Corrupt => (0, true),
+            Err(error) => return Err(error),
+        };
+        let name = BitmapName { disk: look.id.to_owned(), name: entry.name.clone() };
+        Ok(BitmapInfo {
+            count,
+            granularity: entry.granularity,
+            // QEMU shows one that is of no use as not recording.
+            recording: entry.since.is_some() && !inconsistent,
+            busy: self.marks.busy.names().contains(&name),
+            persistent: entry.persistent,
+            inconsistent,
+            name: name.name,
+        })
+    }
+
+    /// What is dirty in a bitmap now. While the guest writes that moves on.
+    pub fn bitmap_dirty(&self, disk: &str, name: &str) -> Result<DirtyBitmap> {
+        let draft = Draft::new(&self.store);
+        let look = Look::new(&self.store, &draft.manifest, &self.disks, disk)?;
+        dirty(&look, draft.manifest.bitmap(disk, name)?, NOW)
+    }
+
+    /// Takes a bitmap for an operation.
+    ///
+    /// Errors: [`ErrorKind::Busy`] if another one has it.
+    pub fn bitmap_lock(&self, disk: &str, name: &str) -> Result<BitmapLock> {
+        let bitmap = BitmapName { disk: disk.to_owned(), name: name.to_owned() };
+        // Nobody is about to change or remove it.
+        let draft = Draft::new(&self.store);
+        draft.manifest.bitmap(disk, name)?;
+        self.marks.busy.take(&bitmap)?;
+        let (store, served) = (Arc::clone(&self.store), self.disks.clone());
+        Ok(BitmapLock { store, served, busy: self.marks.busy.clone(), bitmap })
+    }
+}

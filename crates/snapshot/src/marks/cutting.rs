@@ -1,0 +1,195 @@
+//! A cut for marks: one instant over several disks, at which marks are changed and which can be read for a while.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use block::{Disk, Result};
+
+use super::bitmap::{Changer, MarkChange};
+use super::changes::{Look, Point};
+use super::draft::Draft;
+use super::entry::{CheckpointDisk, CheckpointRecord, Instant, PinEntry};
+use super::history::NOW;
+use crate::manager::Manager;
+use crate::manifest::Manifest;
+use crate::model::{CreateRequest, FreezePolicy, SnapshotRecord};
+use crate::store::Store;
+
+/// A cut: of which disks, and what it leaves.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CutRequest {
+    /// The snapshot that it makes; none if absent.
+    pub snapshot: Option<String>,
+    /// The disks, all at one instant; all of the daemon's disks if absent.
+    pub disks: Option<Vec<String>>,
+    /// What to do about the guest agent; the daemon's default if absent.
+    pub freeze: Option<FreezePolicy>,
+}
+
+impl From<CreateRequest> for CutRequest {
+    fn from(request: CreateRequest) -> Self {
+        Self { snapshot: Some(request.name), disks: request.disks, freeze: request.freeze }
+    }
+}
+
+/// A cut that was made.
+#[derive(Debug)]
+pub struct Taken {
+    /// When it was, how clean the file systems are, how long the steps took. Without a name it is not listed anywhere.
+    pub record: SnapshotRecord,
+    /// The disks as they were then, in the order of their ids.
+    pub pins: Vec<Pin>,
+}
+
+/// One disk as it was at a cut, as long as this lives: jobs leave it alone, and a revert of the disk is refused. It does not
+/// outlive the process.
+#[derive(Debug)]
+pub struct Pin {
+    store: Arc<Store>,
+    entry: u64,
+    id: String,
+    instant: Instant,
+    disk: Arc<dyn Disk>,
+}
+
+impl Pin {
+    /// The disk's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its content.
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// The instant, for [`Manager::changes`].
+    pub fn point(&self) -> Point {
+        Point::Boundary(self.instant.boundary)
+    }
+
+    pub(super) fn instant(&self) -> Instant {
+        self.instant
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.store.change_pins(|pins| pins.retain(|pin| pin.id != self.entry));
+    }
+}
+
+impl Manager {
+    /// Makes one cut, then all changes of marks at its instant, in one piece and in order. Returns once all is on stable
+    /// storage. The disks of `changes` must be among those of the request.
+    ///
+    /// If the changes are not possible now, nothing is done. If the cut is made and they fail then, for want of room say, no
+    /// mark has changed; the snapshot, if one was asked for, stands.
+    pub fn cut_with(&self, request: CutRequest, changes: &[MarkChange]) -> Result<Taken> {
+        let _change = self.begin()?;
+        let (cut, group) = self.plan(request)?;
+        let disks = group.disks.clone();
+        self.try_changes(disks.iter().map(|disk| disk.chain.id()), changes)?;
+        let record = cut.take(Box::new(group))?;
+        // A seal that failed is tried again: a mark must not name an instant that a loss of power would change.
+        self.finish_seals(disks.iter())?;
+        let mut draft = Draft::new(&self.store);
+        let mut pins = Vec::new();
+        for disk in &disks {
+            pins.push(self.pin(&draft.manifest, disk.chain.id())?);
+        }
+        if !changes.is_empty() {
+            let cuts: BTreeMap<_, _> = pins.iter().map(|pin| (pin.id.clone(), pin.instant)).collect();
+            let told = checkpoint(&record, &cuts);
+            self.changer(&cuts, Some(&told), false).make(&mut draft, changes)?;
+            draft.commit(|_| Ok(()))?;
+        }
+        Ok(Taken { record, pins })
+    }
+
+    /// Makes changes of marks, in one piece and in order: at a cut of the disks that need one, or at once. The guest agent
+    /// is not asked.
+    pub fn change_marks(&self, changes: &[MarkChange]) -> Result<()> {
+        let mut draft = Draft::new(&self.store);
+        let disks = self.to_be_cut(&draft.manifest, changes);
+        if disks.is_empty() {
+            self.changer(&BTreeMap::new(), None, false).make(&mut draft, changes)?;
+            return draft.commit(|_| Ok(()));
+        }
+        drop(draft);
+        let freeze = Some(FreezePolicy::Never);
+        let request = CutRequest { snapshot: None, disks: Some(disks.into_iter().collect()), freeze };
+        self.cut_with(request, changes).map(drop)
+    }
+
+    fn to_be_cut(&self, manifest: &Manifest, changes: &[MarkChange]) -> BTreeSet<String> {
+        changes.iter().flat_map(|change| change.cuts(manifest)).map(str::to_owned).collect()
+    }
+
+    /// Whether the changes can be made at a cut of these disks.
+    fn try_changes<'a>(&self, disks: impl Iterator<Item = &'a str>, changes: &[MarkChange]) -> Result<()> {
+        let any = Instant { boundary: NOW, capacity: 0 };
+        let cuts = disks.map(|id| (id.to_owned(), any)).collect();
+        self.changer(&cuts, None, true).make(&mut Draft::new(&self.store), changes)
+    }
+
+    fn changer<'a>(
+        &'a self,
+        cuts: &'a BTreeMap<String, Instant>,
+        told: Option<&'a CheckpointRecord>,
+        is_trial: bool,
+    ) -> Changer<'a> {
+        Changer { served: &self.disks, busy: &self.marks.busy, cuts, told, is_trial }
+    }
+
+    /// Pins a disk at its last cut. The caller has the right to change chains.
+    fn pin(&self, manifest: &Manifest, id: &str) -> Result<Pin> {
+        let look = Look::new(&self.store, manifest, &self.disks, id)?;
+        let (held, instant) = look.last_cut()?;
+        let entry = self.marks.next_pin.fetch_add(1, Ordering::Relaxed);
+        let holder = held.entry.number;
+        self.store.change_pins(|pins| pins.push(PinEntry { id: entry, disk: id.to_owned(), holder }));
+        let disk = Arc::new(held.view());
+        Ok(Pin { store: Arc::clone(&self.store), entry, id: id.to_owned(), instant, disk })
+    }
+}
+
+/// What a checkpoint made at a cut is told of it.
+fn checkpoint(record: &SnapshotRecord, cuts: &BTreeMap<String, Instant>) -> CheckpointRecord {
+    let part = |(id, cut): (&String, &Instant)| CheckpointDisk {
+        id: id.clone(),
+        boundary: cut.boundary,
+        capacity: cut.capacity,
+    };
+    CheckpointRecord {
+        name: String::new(),
+        time: record.time,
+        grade: record.grade,
+        reason: record.reason.clone(),
+        disks: cuts.iter().map(part).collect(),
+    }
+}
+
+impl MarkChange {
+    /// The disks that have to be cut for this, as marks are now.
+    fn cuts<'a>(&'a self, manifest: &Manifest) -> Vec<&'a str> {
+        let records = |bitmap: &&super::BitmapName| {
+            manifest.bitmap(&bitmap.disk, &bitmap.name).is_ok_and(|entry| entry.since.is_some())
+        };
+        match self {
+            // Of whatever disks the cut is.
+            Self::Checkpoint { .. } | Self::Remove(_) => Vec::new(),
+            Self::Add { bitmap, recording, .. } => recording.then_some(&*bitmap.disk).into_iter().collect(),
+            Self::Enable(bitmap) if records(&bitmap) => Vec::new(),
+            Self::Enable(bitmap) => vec![&bitmap.disk],
+            Self::Clear(bitmap) | Self::Disable(bitmap) => {
+                Some(bitmap).into_iter().filter(records).map(|bitmap| &*bitmap.disk).collect()
+            }
+            Self::Merge { target, sources } => {
+                let all = sources.iter().chain([target]);
+                all.filter(records).map(|bitmap| &*bitmap.disk).collect()
+            }
+        }
+    }
+}
