@@ -2,6 +2,7 @@
 
 mod disks;
 mod jobs;
+mod marks;
 mod protocol;
 mod snapshots;
 
@@ -42,7 +43,9 @@ pub(crate) type Command = (&'static str, fn(&Caller<'_>, Arguments) -> Outcome);
 
 /// All of them. The schema has the same; a test compares the two.
 pub(crate) fn all() -> impl Iterator<Item = &'static Command> {
-    [protocol::COMMANDS, disks::COMMANDS, snapshots::COMMANDS, jobs::COMMANDS].into_iter().flatten()
+    [protocol::COMMANDS, disks::COMMANDS, snapshots::COMMANDS, marks::COMMANDS, jobs::COMMANDS]
+        .into_iter()
+        .flatten()
 }
 
 /// Runs a request. `negotiated` is whether the client has left the negotiation, and becomes true when it does.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use block::Result;
 use serde::{Deserialize, Serialize};
 use snapshot::{
-    BlockJobInfo, CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner,
-    ImageFormat, JobInfo, JobVerb, SnapshotRecord, StreamRequest,
+    BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, CommitRequest, CreateRequest, DeleteRequest,
+    DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo, JobVerb, SnapshotRecord, StreamRequest,
 };
 
 /// The daemon, as its clients see it. Every method may be called from several threads at once and may take its time:
@@ -74,6 +74,18 @@ pub trait Service: Send + Sync {
         format: ImageFormat,
         progress: &dyn Fn(u64, u64) -> ControlFlow<()>,
     ) -> Result<()>;
+
+    /// Makes a checkpoint, of now or of a snapshot's instant.
+    fn checkpoint_create(&self, request: CheckpointRequest) -> Result<CheckpointRecord>;
+
+    /// Deletes a checkpoint.
+    fn checkpoint_delete(&self, name: &str) -> Result<()>;
+
+    /// All checkpoints, in the order in which they were made.
+    fn checkpoints(&self) -> Vec<CheckpointRecord>;
+
+    /// Where a disk differs, or may, between the checkpoint or snapshot `from`, and `to` or now. `granularity` is in bytes.
+    fn changes(&self, disk: &str, from: &str, to: Option<&str>, granularity: Option<u64>) -> Result<Changes>;
 
     /// Makes a disk larger while it is served, and tells its front-end. `size` is in bytes.
     fn resize(&self, disk: &str, size: u64) -> Result<()>;

@@ -6,13 +6,13 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use block::{Error, ErrorKind, IoStatus, Result, WriteErrors};
+use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
-    BlockJobInfo, CommitRequest, CreateRequest, DeleteRequest, DiskLayer, DiskProbe, DiskStatus, Event,
-    FreezeOwner, Grade, ImageFormat, JobInfo, JobOptions, JobStatus, JobType, JobVerb, SnapshotDisk,
-    SnapshotRecord, StreamRequest, Timing,
+    BlockJobInfo, Changes, CheckpointDisk, CheckpointRecord, CheckpointRequest, CommitRequest, CreateRequest,
+    DeleteRequest, DiskLayer, DiskProbe, DiskStatus, Event, FreezeOwner, Grade, ImageFormat, JobInfo,
+    JobOptions, JobStatus, JobType, JobVerb, SnapshotDisk, SnapshotRecord, StreamRequest, Timing,
 };
 use time::OffsetDateTime;
 
@@ -30,6 +30,7 @@ pub struct Fake {
 #[derive(Debug, Default)]
 struct State {
     snapshots: Vec<SnapshotRecord>,
+    checkpoints: Vec<CheckpointRecord>,
     jobs: Vec<JobInfo>,
     prepared: Option<CreateRequest>,
     lease: Option<Duration>,
@@ -276,6 +277,42 @@ impl Service for Fake {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(Error::new(ErrorKind::Busy, "called off")),
         }
+    }
+
+    fn checkpoint_create(&self, request: CheckpointRequest) -> Result<CheckpointRecord> {
+        let disks = request.disks.unwrap_or_else(|| vec!["vda".to_owned()]);
+        let part = |id| CheckpointDisk { id, boundary: 1, capacity: 1 << 30 };
+        let record = CheckpointRecord {
+            name: request.name,
+            time: OffsetDateTime::UNIX_EPOCH,
+            grade: Grade::Crash,
+            reason: "the guest was not asked".to_owned(),
+            disks: disks.into_iter().map(part).collect(),
+        };
+        self.lock().checkpoints.push(record.clone());
+        Ok(record)
+    }
+
+    fn checkpoint_delete(&self, name: &str) -> Result<()> {
+        self.lock().checkpoints.retain(|checkpoint| checkpoint.name != name);
+        Ok(())
+    }
+
+    fn checkpoints(&self) -> Vec<CheckpointRecord> {
+        self.lock().checkpoints.clone()
+    }
+
+    /// Every other 64 KiB of 1 MiB.
+    fn changes(
+        &self,
+        _disk: &str,
+        _from: &str,
+        _to: Option<&str>,
+        _granularity: Option<u64>,
+    ) -> Result<Changes> {
+        let bits = DirtyBitmap::new(1 << 20, 16)?;
+        (0..8).for_each(|index| bits.mark(ByteRange { offset: index << 17, len: 1 << 16 }));
+        Ok(bits.into())
     }
 
     fn resize(&self, disk: &str, size: u64) -> Result<()> {

@@ -1,5 +1,7 @@
 //! The command line's words, fixed, for others script against them.
 
+mod marks;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,6 +11,7 @@ use snapshot::{FreezeOwner, FreezePolicy, ImageFormat};
 
 use crate::config::{DiskConfig, parse_disk, word};
 use crate::failure::EXIT_CODES;
+pub(crate) use marks::{Changes, Checkpoint};
 
 /// Consistent snapshots for running virtual machines.
 #[derive(Debug, Parser)]
@@ -25,6 +28,11 @@ pub(crate) enum Command {
     /// Take, list, export, delete and go back to snapshots.
     #[command(subcommand)]
     Snapshot(Snapshot),
+    /// Remember instants, to ask later what changed since; list and forget them.
+    #[command(subcommand)]
+    Checkpoint(Checkpoint),
+    /// List what changed on a disk between two instants: checkpoints, snapshots, now.
+    Changes(Changes),
     /// Look at the layers of disks, and merge some while the guest runs.
     #[command(subcommand)]
     Chain(Chain),

@@ -2,6 +2,7 @@
 
 mod chain;
 mod jobs;
+mod marks;
 mod print;
 mod progress;
 mod table;
@@ -16,6 +17,7 @@ use crate::cli::{Daemon, Disk, Output, Snapshot, What};
 use crate::failure::{Exit, Failure};
 pub(crate) use chain::chain;
 pub(crate) use jobs::job;
+pub(crate) use marks::{changes, checkpoint};
 use print::{print, show_or_json};
 use via::{Connection, Export, Via};
 

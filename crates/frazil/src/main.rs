@@ -46,6 +46,8 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Serve(told) => serve::run(configuration(told)?).map_err(|error| not_served(&error)),
         Command::Snapshot(snapshot) => client::snapshot(snapshot),
+        Command::Checkpoint(checkpoint) => client::checkpoint(checkpoint),
+        Command::Changes(changes) => client::changes(&changes),
         Command::Chain(chain) => client::chain(chain),
         Command::Job(job) => client::job(job),
         Command::Disk(disk) => client::disk(disk),

@@ -16,6 +16,7 @@ mod jobs;
 mod killed;
 mod ledger;
 mod load;
+mod marks;
 mod prefix;
 mod recipe;
 mod served;

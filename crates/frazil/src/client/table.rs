@@ -4,10 +4,11 @@ use block::IoStatus;
 use comfy_table::{CellAlignment, Table, presets};
 use control::DaemonStatus;
 use serde::{Deserialize, Serialize};
-use snapshot::{DiskProbe, DiskStatus, Grade, JobInfo, SnapshotRecord, Timing};
+use snapshot::{CheckpointRecord, DiskProbe, DiskStatus, Grade, JobInfo, SnapshotRecord, Timing};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::marks::Found;
 use crate::config::Word;
 
 /// A snapshot as `show` tells it: what was recorded, and what a look into it finds.
@@ -57,6 +58,30 @@ pub(super) fn list(records: &[SnapshotRecord]) -> String {
         ]
     });
     table(&["NAME", "TIME", "GRADE", "FROZEN", "GATE", "WAIT", "DISKS"], rows, &[3, 4, 5])
+}
+
+/// `frazil checkpoint list` and `create`.
+pub(super) fn checkpoints(records: &[CheckpointRecord]) -> String {
+    if records.is_empty() {
+        return "no checkpoints\n".to_owned();
+    }
+    let rows = records.iter().map(|record| {
+        let disks = record.disks.iter().map(|disk| disk.id.as_str()).collect::<Vec<_>>();
+        vec![record.name.clone(), moment(record.time), grade(record.grade).to_owned(), disks.join(",")]
+    });
+    table(&["NAME", "TIME", "GRADE", "DISKS"], rows, &[])
+}
+
+/// `frazil changes`.
+pub(super) fn changes(found: &Found) -> String {
+    let rows = found.ranges.iter().map(|range| vec![range.offset.to_string(), range.length.to_string()]);
+    let changed: u64 = found.ranges.iter().map(|range| range.length).sum();
+    let mut text = match found.ranges.is_empty() {
+        true => String::new(),
+        false => table(&["OFFSET", "LENGTH"], rows, &[0, 1]),
+    };
+    text += &format!("{} of {} changed\n", bytes(changed), bytes(found.capacity));
+    text
 }
 
 /// `frazil snapshot create`, `release` and `show`.

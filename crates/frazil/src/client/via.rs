@@ -250,7 +250,7 @@ impl Via {
     }
 }
 
-fn to_value(what: &str, answer: &impl Serialize) -> Result<Value, Failure> {
+pub(super) fn to_value(what: &str, answer: &impl Serialize) -> Result<Value, Failure> {
     serde_json::to_value(answer).map_err(|error| Failure::new(Exit::Failed, what, error))
 }
 
@@ -262,7 +262,7 @@ fn not_opened(state: &Path, error: &block::Error) -> Failure {
     }
 }
 
-fn of_state(what: &str, error: &block::Error) -> Failure {
+pub(super) fn of_state(what: &str, error: &block::Error) -> Failure {
     let failure = Failure::new(Exit::Failed, what, error);
     match error.kind() {
         ErrorKind::NotFound => {

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use block::Result;
 use control::{DaemonStatus, Service};
 use snapshot::{
-    BlockJobInfo, CommitRequest, CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner,
-    ImageFormat, JobInfo, JobVerb, Manager, SnapshotRecord, StreamRequest,
+    BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, CommitRequest, CreateRequest, DeleteRequest,
+    DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo, JobVerb, Manager, Point, SnapshotRecord,
+    StreamRequest,
 };
 use tracing::info;
 use vhost_blk::Notifier;
@@ -133,6 +134,24 @@ impl Service for Daemon {
         progress: &dyn Fn(u64, u64) -> ControlFlow<()>,
     ) -> Result<()> {
         self.manager.export(name, disk, target, format, &mut |done, total| progress(done, total))
+    }
+
+    fn checkpoint_create(&self, request: CheckpointRequest) -> Result<CheckpointRecord> {
+        self.manager.checkpoint_create(request)
+    }
+
+    fn checkpoint_delete(&self, name: &str) -> Result<()> {
+        self.manager.checkpoint_delete(name)
+    }
+
+    fn checkpoints(&self) -> Vec<CheckpointRecord> {
+        self.manager.checkpoints()
+    }
+
+    fn changes(&self, disk: &str, from: &str, to: Option<&str>, granularity: Option<u64>) -> Result<Changes> {
+        let from = self.manager.point(from)?;
+        let to = to.map_or(Ok(Point::Now), |to| self.manager.point(to))?;
+        self.manager.changes(disk, &from, &to, granularity)
     }
 
     fn resize(&self, disk: &str, size: u64) -> Result<()> {
