@@ -31,6 +31,8 @@ pub(crate) struct Allocator {
     next: u64,
     /// The end of what can be named and counted.
     limit: u64,
+    /// Clusters before that which tables may still need: a flush must not lack the room to count and map what was written.
+    reserved: u64,
     /// What the scan has not seen yet, of the file as it was when it was opened.
     scan: std::ops::Range<u64>,
     /// Whether what is freed is used again.
@@ -49,13 +51,23 @@ impl Allocator {
             next: end,
             // The L2 entry's offset field ends at bit 55.
             limit: limit.min(1 << (56 - geometry.cluster_bits)),
+            reserved: 0,
             scan: if reuses { 0..end } else { 0..0 },
             reuses,
         }
     }
 
-    /// A cluster that nothing uses.
+    /// From now on tables will take at most so many clusters.
+    pub(crate) fn reserve(&mut self, clusters: u64) {
+        self.reserved = clusters;
+    }
+
+    /// A cluster for data, that nothing uses. None if that could leave tables without room.
     pub(crate) fn take(&mut self) -> Result<HostOffset> {
+        let limit = self.limit.saturating_sub(self.reserved);
+        if self.next > limit {
+            return Err(full());
+        }
         if self.free.is_empty() {
             while let Some(clusters) = self.release() {
                 self.add(clusters);
@@ -63,18 +75,20 @@ impl Allocator {
         }
         match self.free.pop() {
             Some(cluster) => Ok(HostOffset(cluster << self.cluster_bits)),
-            None => self.take_at_end(1),
+            None => self.take_before(limit, 1),
         }
     }
 
-    /// `count` clusters in a row behind all that were ever taken.
+    /// `count` clusters in a row for a table, behind all that were ever taken.
     pub(crate) fn take_at_end(&mut self, count: u64) -> Result<HostOffset> {
-        let end = self.next.checked_add(count).filter(|end| *end <= self.limit);
-        let end = end.ok_or_else(|| {
-            let story =
-                "the image's refcount table can grow no more: convert the image, with larger clusters";
-            Error::new(ErrorKind::NoSpace, story)
-        })?;
+        let at = self.take_before(self.limit, count)?;
+        self.reserved = self.reserved.saturating_sub(count);
+        Ok(at)
+    }
+
+    fn take_before(&mut self, limit: u64, count: u64) -> Result<HostOffset> {
+        let end = self.next.checked_add(count).filter(|end| *end <= limit);
+        let end = end.ok_or_else(full)?;
         let at = HostOffset(self.next << self.cluster_bits);
         self.next = end;
         Ok(at)
@@ -134,6 +148,11 @@ impl Allocator {
     }
 }
 
+fn full() -> Error {
+    let story = "the image's refcount table can grow no more: convert the image, with larger clusters";
+    Error::new(ErrorKind::NoSpace, story)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -189,5 +208,21 @@ mod tests {
         assert_eq!(take(&mut allocator), 5);
         assert_eq!(allocator.take().unwrap_err().kind(), ErrorKind::NoSpace);
         assert_eq!(allocator.end(), 6 * CLUSTER);
+    }
+
+    #[test]
+    fn what_is_reserved_is_for_tables_only() {
+        let (mut allocator, _) = allocator(4, 8);
+        allocator.reserve(3);
+        assert_eq!(take(&mut allocator), 4);
+        assert_eq!(allocator.take().unwrap_err().kind(), ErrorKind::NoSpace);
+        assert_eq!(allocator.take_at_end(3).unwrap().0, 5 * CLUSTER);
+        // They have had their share: what is free may be used.
+        allocator.give_back(HostOffset(6 * CLUSTER));
+        assert_eq!(take(&mut allocator), 6);
+        // Where they may need more than there is, they come first.
+        allocator.reserve(1);
+        allocator.give_back(HostOffset(6 * CLUSTER));
+        assert_eq!(allocator.take().unwrap_err().kind(), ErrorKind::NoSpace);
     }
 }

@@ -34,11 +34,6 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether there is nothing wrong with the image but wasted room.
-    pub fn is_sound(&self) -> bool {
-        self.broken == 0 && self.short == 0
-    }
-
     fn add_broken(&mut self, story: impl FnOnce() -> String) {
         if self.broken == 0 {
             // Worse than a short refcount that may have been met before.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   take batch ─▶ refcounts, whole new tables ─▶ SYNC ─▶ L2 entries, L1 entries ─▶ SYNC ─▶ journal half dropped,
-//!                                          └─▶ (each new refcount block or table: its name ─▶ SYNC) ─┘   freed clusters
+//!                                          └─▶ (new refcount blocks, or a table: their names ─▶ SYNC) ─┘   freed clusters
 //! ```
 //!
 //! The first sync also makes the batch's *data* durable: it was written before it was published. What is published
@@ -71,7 +71,7 @@ enum Stage {
     Waiting,
     /// Refcounts and whole new tables.
     Counts,
-    /// The name of a refcount block or table.
+    /// The names of refcount blocks, or that of a table.
     Link,
     /// L2 and L1 entries; or there was nothing but data.
     Mapping,

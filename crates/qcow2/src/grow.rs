@@ -13,6 +13,9 @@ use crate::image::{Image, Inner, Writer};
 use crate::work::Work;
 use crate::zero::Why;
 
+/// Clusters that are hidden with one flush, when a disk becomes larger: bounds memory and journal, however much is beneath.
+const HIDDEN: u64 = 4096;
+
 impl Image {
     /// Makes the disk `capacity` bytes large, durably, while guests read and write it. What is new reads as zeroes,
     /// whatever is beneath. After a loss of power meanwhile the disk has its old size or its new one.
@@ -112,6 +115,7 @@ impl Inner {
             work.free_table(old);
         }
         self.mapping.extend_l1(entries as usize);
+        work.reserve(self, writer, new);
         Ok(())
     }
 
@@ -132,15 +136,23 @@ impl Inner {
     fn hide_below(self: &Arc<Self>, writer: &Writer, old: u64, capacity: u64) -> Result<()> {
         let beneath = self.backing.as_ref().map_or(0, |backing| backing.capacity());
         let end = beneath.max(old.next_multiple_of(self.geometry.cluster_size())).min(capacity);
-        let range = ByteRange { offset: old, len: end.saturating_sub(old) };
-        let why = Why::Zero { unmap: true };
-        blocking(|waker| match self.clear_range(writer, range, why, waker) {
-            Ok(true) => std::task::Poll::Ready(Ok(())),
-            Ok(false) => std::task::Poll::Pending,
-            Err(error) => std::task::Poll::Ready(Err(error)),
-        })?;
-        let mut flush: Box<dyn Flush> = Box::new(ImageFlush::new(Arc::clone(self)));
-        flush.run()
+        let mut from = old;
+        loop {
+            let to = ((from >> self.geometry.cluster_bits) + HIDDEN) << self.geometry.cluster_bits;
+            let range = ByteRange { offset: from, len: end.min(to).saturating_sub(from) };
+            let why = Why::Zero { unmap: true };
+            blocking(|waker| match self.clear_range(writer, range, why, waker) {
+                Ok(true) => std::task::Poll::Ready(Ok(())),
+                Ok(false) => std::task::Poll::Pending,
+                Err(error) => std::task::Poll::Ready(Err(error)),
+            })?;
+            let mut flush: Box<dyn Flush> = Box::new(ImageFlush::new(Arc::clone(self)));
+            flush.run()?;
+            from = range.end();
+            if from >= end {
+                return Ok(());
+            }
+        }
     }
 
     /// Syncs all files of the image. A failure is final.

@@ -34,8 +34,8 @@
 //! # Write ordering
 //!
 //! 1. Data is written (by the caller), then its journal record (page cache), then it is visible, then acknowledged.
-//! 2. A flush writes refcounts and whole new L2 tables; *syncs* (and so the data too); names each new refcount
-//!    block in the refcount table, the last one first, and *syncs*; writes L2 and L1 entries; *syncs*; empties the
+//! 2. A flush writes refcounts and whole new L2 tables; *syncs* (and so the data too); names new refcount
+//!    blocks in the refcount table, those that count others first, and *syncs*; writes L2 and L1 entries; *syncs*; empties the
 //!    journal's half; counts less what is named no more.
 //! 3. So, of tables on stable storage: what an L2 or L1 entry names is there and counted. Refcounts can leak, never be
 //!    short. Only refcounts of clusters that are about to be named are raised, so a clean image has no leaks either.

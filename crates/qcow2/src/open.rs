@@ -137,6 +137,9 @@ fn open_writable(
     };
     let image = assemble(parts, header, geometry, u64::MAX, Some(writer))?;
     image.0.add_tables()?;
+    if let Some(writer) = &image.0.writer {
+        writer.with_work(|work| work.reserve(&image.0, writer, geometry));
+    }
     let left = image.0.replay_journal().context(|| "read what the journal holds")?;
     // Nothing was written so far: an image that fails a check stays as it is.
     image.0.make_writable(header)?;

@@ -30,6 +30,8 @@ pub(crate) struct Refcounts {
     table: Vec<u64>,
     /// Blocks that are in the file but not yet in the table on disk.
     unlinked: BTreeSet<usize>,
+    /// Those of them that have been written to it, but for a sync.
+    linking: Vec<usize>,
     /// Counts of clusters, by their index in the file, that are to be on disk before anything names them.
     raised: BTreeMap<u64, u64>,
     /// Counts of clusters that are named less often than before.
@@ -77,6 +79,7 @@ impl Refcounts {
             at: header.refcount_table,
             table,
             unlinked: BTreeSet::new(),
+            linking: Vec::new(),
             raised: BTreeMap::new(),
             lowered: BTreeMap::new(),
             grown: None,
@@ -90,6 +93,17 @@ impl Refcounts {
     /// Clusters that the largest table can count.
     pub(crate) fn limit(geometry: Geometry, width: RefcountWidth) -> u64 {
         (MAX_REFCOUNT_TABLE_BYTES / 8).saturating_mul(width.per_block(geometry.cluster_size()))
+    }
+
+    /// Clusters that refcount blocks, and tables of these, may still take: each block once, each table half as long again as
+    /// the one before.
+    pub(crate) fn reserve(&self) -> u64 {
+        let most = MAX_REFCOUNT_TABLE_BYTES / 8;
+        let there = self.table.iter().filter(|block| **block != 0).count() as u64;
+        let clusters = Self::limit(self.geometry, self.width).min(1 << (56 - self.geometry.cluster_bits));
+        let blocks = most.min(clusters.div_ceil(self.per_block())).saturating_sub(there);
+        let grows = (self.table.len() as u64) < most;
+        blocks + if grows { 3 * MAX_REFCOUNT_TABLE_BYTES / self.geometry.cluster_size() } else { 0 }
     }
 
     fn index(&self, at: HostOffset) -> u64 {
@@ -256,11 +270,13 @@ impl Refcounts {
         storage.write_at(&bytes, self.at.0).context(|| "write a larger refcount table")
     }
 
-    /// Names one new table or block. `false` if all are; else it is to be synced, and [`linked`](Self::linked) told.
+    /// Names a new table, or new blocks. `false` if all are named; else it is to be synced, and [`linked`](Self::linked)
+    /// told.
     ///
-    /// Blocks go one at a time, the last one first: what counts a block is itself or a later one, and that has to be
-    /// named before it.
+    /// What counts a block is itself or a later one, and that has to be named before it. So all go together that count
+    /// themselves, or are counted by what is named already: the last one at least.
     pub(crate) fn link(&mut self, storage: &dyn Storage) -> Result<bool> {
+        self.linking.clear();
         if let Some(grown) = &mut self.grown {
             if !grown.exposed {
                 // They are all in the table that was written, and synced.
@@ -271,21 +287,24 @@ impl Refcounts {
             header_update::write_refcount_table(storage, self.at, clusters as u32)?;
             return Ok(true);
         }
-        let Some(&index) = self.unlinked.last() else { return Ok(false) };
-        let at = self.table.get(index).copied().unwrap_or_default();
-        let written = storage.write_at(&at.to_be_bytes(), self.at.0 + index as u64 * 8);
-        written.context(|| "write the refcount table").map(|()| true)
+        for &index in &self.unlinked {
+            let at = self.table.get(index).copied().unwrap_or_default();
+            let counted_by = (self.index(HostOffset(at)) / self.per_block()) as usize;
+            if counted_by == index || !self.unlinked.contains(&counted_by) {
+                let written = storage.write_at(&at.to_be_bytes(), self.at.0 + index as u64 * 8);
+                written.context(|| "write the refcount table")?;
+                self.linking.push(index);
+            }
+        }
+        Ok(!self.linking.is_empty())
     }
 
     /// What was named last is on stable storage. Returns the clusters of tables that are no more.
     pub(crate) fn linked(&mut self) -> Vec<(HostOffset, u64)> {
-        match self.grown.take() {
-            Some(grown) => grown.old,
-            None => {
-                self.unlinked.pop_last();
-                Vec::new()
-            }
+        for index in self.linking.drain(..) {
+            self.unlinked.remove(&index);
         }
+        self.grown.take().map_or_else(Vec::new, |grown| grown.old)
     }
 
     /// What was raised is on stable storage.

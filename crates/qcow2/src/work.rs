@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use block::{ByteRange, Context, Error, ErrorKind, Result};
 
 use crate::compressed::Packed;
-use crate::entry::{Entry, HostOffset};
+use crate::entry::{Entry, Geometry, HostOffset};
 use crate::image::{Inner, Writer};
 use crate::mapping::L1Entry;
 use crate::publish::Freed;
@@ -65,6 +65,15 @@ impl Work {
             rotated: false,
             at_rest: false,
         }
+    }
+
+    /// Keeps as many clusters for tables as they may still take, whatever is written to a disk of this size and in which
+    /// order. Each L2 table is taken once: as a new one, or as the copy of a shared one.
+    pub(crate) fn reserve(&self, image: &Inner, writer: &Writer, geometry: Geometry) {
+        let is_own = |entry: &&L1Entry| entry.table().is_some() && entry.is_own();
+        let own = image.mapping.l1().iter().filter(is_own).count() as u64;
+        let tables = self.refcounts.reserve() + geometry.tables().saturating_sub(own);
+        writer.core().allocator.reserve(tables);
     }
 
     /// Whether there is nothing to be written.

@@ -47,6 +47,24 @@ fn a_larger_disk_reads_zeroes_where_it_is_new() {
     }
 }
 
+/// However much is beneath: the changes that hide it never are in memory, or in the journal, all at once.
+#[test]
+fn what_is_beneath_a_larger_disk_is_hidden_piece_by_piece() {
+    let (_, base) = base(16 << 20);
+    let storage = memory();
+    let files = Files::new(storage.clone(), &options(512, 9, false));
+    let image = files.open(Some(base.clone())).unwrap();
+    image.grow(16 << 20).unwrap();
+    let mut expected = vec![0; 16 << 20];
+    expected[..512].fill(1);
+    assert_same(&contents(&image), &expected, "grown");
+    assert_same(&contents(&read_only(&files, Some(base))), &expected, "from the file");
+    let longest = files.journal.iter().map(|half| half.len().unwrap()).max().unwrap();
+    assert!(longest <= 5000 * 32, "{longest} bytes of journal for 32768 clusters");
+    image.flush().run().unwrap();
+    assert_eq!(check(&storage.bytes()), Verdict::default());
+}
+
 #[test]
 fn the_l1_table_moves_when_it_is_too_short() {
     let storage = memory();

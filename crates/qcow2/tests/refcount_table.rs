@@ -9,9 +9,10 @@ use std::process::Command;
 use std::sync::Arc;
 
 use block::testing::{CrashStorage, FaultStorage, MemStorage};
-use block::{Disk, FlushStep, Storage, blocking, read_disk, write_disk};
+use block::{Disk, ErrorKind, FlushStep, Storage, blocking, read_disk, write_disk};
+use hostio::{Cache, HostFile, Open};
 use qcow2::{Image, Mode, Parts};
-use support::{Files, Random, memory};
+use support::{Files, Random, Verdict, check, memory, options};
 
 const MIB: u64 = 1 << 20;
 
@@ -132,4 +133,56 @@ fn a_table_whose_growth_failed_grows_further() {
         assert_filled(storage, 8 * MIB);
     }
     assert!(failed.iter().filter(|failed| **failed).count() >= 5, "{failed:?}");
+}
+
+/// Many blocks at once, of which each counts the next ones' clusters at best: they are named in a few steps, and nothing that
+/// is named after a loss of power is not counted.
+#[test]
+fn new_blocks_are_named_together_and_never_before_what_counts_them() {
+    let storage = Arc::new(CrashStorage::new());
+    let files = Files::new(storage.clone(), &options(8 * MIB, 9, false));
+    let image = files.open(None).unwrap();
+    let mut random = Random(1);
+    for mibs in [0..1, 1..3, 3..8] {
+        fill(&image, mibs.clone());
+        let (mut flush, mut syncs) = (image.flush(), 0);
+        while let FlushStep::Sync(files) = blocking(|waker| flush.step(Ok(()), waker)).unwrap() {
+            for chance in [0, 100, 50, 50, 50, 10, 90] {
+                let left = storage.after_power_loss(|| random.below(100) < chance);
+                assert_eq!(check(&left.bytes()).errors, Vec::<String>::new());
+            }
+            files.iter().for_each(|file| file.sync().unwrap());
+            syncs += 1;
+        }
+        assert!(syncs <= 4, "{syncs} syncs for {mibs:?}, with eight blocks and more a MiB");
+        assert_eq!(check(&storage.after_power_loss(|| false).bytes()), Verdict::default());
+    }
+}
+
+/// As small clusters and as wide refcounts as can be: the largest refcount table counts 32 GiB. What was written to the
+/// last of it could not be flushed, for want of clusters to count it in.
+#[test]
+fn an_image_as_large_as_can_be_counted_takes_nothing_that_it_can_not_flush() {
+    const LIMIT: u64 = 1 << 26;
+    let folder = tempfile::tempdir().unwrap();
+    // So many clusters before the end; then so many that there is room for the tables, and for some data.
+    for (left, room) in [(20, 0..1), ((1 << 20) + 3 * (1 << 14) + 512 + 300, 300..400)] {
+        fs::write(folder.path().join("image"), image(folder.path())).unwrap();
+        let how = Open { writable: true, cache: Cache::Writeback };
+        let storage = Arc::new(HostFile::open(&folder.path().join("image"), how).unwrap());
+        storage.set_len((LIMIT - left) * 512).unwrap();
+        let files = Files { image: storage.clone(), journal: [memory(), memory()] };
+        let image = files.open(None).unwrap();
+        // Each in an L2 table of its own: the most that is to be counted.
+        let write = |n: u64| write_disk(&image, n * 32768, &[7; 512]);
+        let refused = (0..512).find_map(|n| write(n).err().map(|error| (n, error.kind())));
+        let (written, kind) = refused.unwrap();
+        assert!(room.contains(&written) && kind == ErrorKind::NoSpace, "{written} writes, then {kind:?}");
+        image.flush().run().unwrap();
+        drop(image);
+        let image = files.open(None).unwrap();
+        let mut found = [0; 512];
+        read_disk(&image, written.saturating_sub(1) * 32768, &mut found).unwrap();
+        assert_eq!(found, [if written > 0 { 7 } else { 0 }; 512]);
+    }
 }
