@@ -25,7 +25,7 @@ impl Manager {
         let task = {
             let manifest = self.store.manifest();
             let (disk, _) = device(&manifest, &request.device)?;
-            let layers = &manifest.disk(&disk)?.layers;
+            let layers = self.layers_of(&manifest, &disk)?;
             let top = layer(&disk, layers, request.top.as_deref(), request.top_node.as_deref())?;
             let base = layer(&disk, layers, request.base.as_deref(), request.base_node.as_deref())?;
             let top = top.or(layers.last()).map(|top| top.number);
@@ -42,13 +42,21 @@ impl Manager {
         let task = {
             let manifest = self.store.manifest();
             let (disk, top) = device(&manifest, &request.device)?;
-            let layers = &manifest.disk(&disk)?.layers;
+            let layers = self.layers_of(&manifest, &disk)?;
             let base = layer(&disk, layers, request.base.as_deref(), request.base_node.as_deref())?;
             let top =
                 top.or_else(|| layers.last().map(|top| top.number)).ok_or_else(|| no_layer(&disk, ""))?;
             Task::Stream { base: base.map(|base| base.number), disk, top }
         };
         self.jobs.begin(task, request.options, &usual, false)
+    }
+
+    /// The layers of a disk up to the active one: not the overlay of a cut that is held, for that may be taken off again.
+    fn layers_of<'a>(&self, manifest: &'a Manifest, disk: &str) -> Result<&'a [LayerEntry]> {
+        let layers = &manifest.disk(disk)?.layers[..];
+        let active = self.disks.get(disk).and_then(|served| served.chain.top()).map(|top| top.entry.number);
+        let end = layers.iter().position(|layer| Some(layer.number) == active);
+        Ok(end.and_then(|end| layers.get(..=end)).unwrap_or(layers))
     }
 
     /// The jobs, the oldest first.
