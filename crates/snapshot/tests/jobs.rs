@@ -445,6 +445,40 @@ fn a_snapshot_that_is_being_read_is_not_spoiled() {
     delete(&manager, "s0").unwrap();
 }
 
+/// Its layer is merged up, which no reader sees; but once it is not known any more, what is beneath is merged into: the copy
+/// had bytes of a later snapshot in it.
+#[test]
+fn a_snapshot_goes_only_when_nobody_reads_it_any_more() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    let last = SIZE - 4096;
+    for (name, places) in [("s0", vec![last]), ("s1", vec![0]), ("s2", vec![0, 1 << 20, 2 << 20, last])] {
+        places.into_iter().for_each(|place| stamp(&manager, "vda", place, name.as_bytes()[1]));
+        snapshot(&manager, name);
+    }
+    let (out, mut id) = (bench.path("out"), None);
+    manager
+        .export("s1", "vda", &out, snapshot::ImageFormat::Raw, &mut |_, _| {
+            if id.is_none() {
+                let id = id.insert(begin_delete(&manager, "s1", 0));
+                let begun = std::time::Instant::now();
+                let is_over = || manager.jobs().iter().all(|job| job.status == JobStatus::Concluded);
+                while !is_over() && begun.elapsed() < Duration::from_millis(300) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                if is_over() {
+                    finish(&manager, id).unwrap();
+                    delete(&manager, "s0").unwrap();
+                }
+            }
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    assert_eq!(std::fs::read(&out).unwrap()[last as usize], b'0');
+    finish(&manager, &id.unwrap()).unwrap();
+    assert_eq!(manager.list().len(), 2);
+}
+
 #[test]
 fn a_disk_with_too_many_overlays_loses_its_oldest_snapshots() {
     let mut bench = Bench::new(&["vda"]);

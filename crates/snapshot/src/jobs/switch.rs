@@ -19,6 +19,7 @@ use super::model::JobStatus;
 use super::plan::doomed;
 use super::record::Direction;
 use super::work::{Done, Part, Work};
+use super::world::Reading;
 use crate::cut::{Layers as _, Limits};
 use crate::group::{Group, Served};
 use crate::layer::{Access, Layer};
@@ -35,6 +36,14 @@ struct Rename {
     turn: Option<Writing>,
     /// The layer that it will lie on; `None` for nothing.
     beneath: Option<Arc<Layer>>,
+}
+
+/// The right to switch.
+struct Turn<'a> {
+    exclusive: MutexGuard<'a, ()>,
+    /// The snapshots that go: nobody reads them, nor begins to.
+    closed: Vec<Reading>,
+    renames: Vec<Rename>,
 }
 
 impl Work<'_> {
@@ -59,11 +68,12 @@ impl Work<'_> {
     /// Switches all parts at once.
     pub(super) fn switch(&self, parts: &[Part]) -> Done<()> {
         self.job.go(JobStatus::Waiting)?;
-        let (exclusive, renames) = self.wait_for_turn(parts)?;
+        let Turn { exclusive, closed, renames } = self.wait_for_turn(parts)?;
         self.job.go(JobStatus::Pending)?;
         renames.iter().try_for_each(|rename| self.rename(rename))?;
         drop(renames);
         self.commit_manifest(parts)?;
+        drop(closed);
         for part in parts {
             self.relayer(part);
         }
@@ -83,24 +93,32 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Waits until no cut is under way, and nobody else has an image open whose header is to change.
-    fn wait_for_turn(&self, parts: &[Part]) -> Done<(MutexGuard<'_, ()>, Vec<Rename>)> {
+    /// Waits until no cut is under way, nobody else has an image open whose header is to change, and nobody reads a snapshot
+    /// that goes: what is beneath its layer may be written to once it is not known any more.
+    fn wait_for_turn(&self, parts: &[Part]) -> Done<Turn<'_>> {
         let mut is_told = false;
         loop {
             let exclusive = self.world.exclusive(self.job)?;
-            match parts.iter().filter_map(|part| self.renaming(part).transpose()).collect::<Result<Vec<_>>>()
-            {
-                Ok(renames) => return Ok((exclusive, renames)),
+            match self.close_readers().and_then(|closed| Ok((closed, self.renames(parts)?))) {
+                Ok((closed, renames)) => return Ok(Turn { exclusive, closed, renames }),
                 Err(error) if error.kind() == ErrorKind::Busy => {
                     drop(exclusive);
                     if !std::mem::replace(&mut is_told, true) {
-                        info!(job = self.job.identity.id, %error, "the job waits for another program");
+                        info!(job = self.job.identity.id, %error, "the job waits for who reads");
                     }
                     self.job.wait(RETRY)?;
                 }
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    fn close_readers(&self) -> Result<Vec<Reading>> {
+        doomed(self.task).iter().map(|name| self.world.readers.close(name)).collect()
+    }
+
+    fn renames(&self, parts: &[Part]) -> Result<Vec<Rename>> {
+        parts.iter().filter_map(|part| self.renaming(part).transpose()).collect()
     }
 
     /// The header that a part changes, and the right to write to it.
