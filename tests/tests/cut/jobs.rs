@@ -60,9 +60,22 @@ impl Drill {
     /// Begins to delete a snapshot, kills the daemon after `pause`, and has the next one end it. Tells whether there was
     /// something left for it to do.
     fn kill_in_delete(&mut self, name: &str, pause: Duration) -> bool {
+        self.snapshots.remove(name);
+        let went_on = self.kill_in("snapshot-delete", json!({ "name": name }), pause);
+        assert!(!self.served.names().contains(&name.to_owned()));
+        went_on
+    }
+
+    /// The same with any job.
+    fn kill_in(&mut self, command: &str, mut arguments: Value, pause: Duration) -> bool {
         let load = self.load();
-        let arguments = json!({ "name": name, "speed": SLOW, "auto-dismiss": false });
-        let id = self.served.ask("snapshot-delete", arguments)["job-id"].clone();
+        // There is something to be merged in the active layer.
+        thread::sleep(Duration::from_millis(30));
+        let id = json!("killed");
+        for (key, value) in [("job-id", id.clone()), ("speed", json!(SLOW)), ("auto-dismiss", json!(false))] {
+            arguments[key] = value;
+        }
+        self.served.ask(command, arguments);
         thread::sleep(pause);
         self.served.kill();
         self.ledgers = load.leave();
@@ -72,7 +85,6 @@ impl Drill {
         self.served.restart();
         let went_on = self.jobs().iter().any(|job| job["id"] == id);
         self.settle();
-        self.snapshots.remove(name);
         self.check_snapshots();
         // Meanwhile the guest is back.
         let load = self.load();
@@ -80,7 +92,6 @@ impl Drill {
         self.ledgers = load.finish();
         self.settle();
         self.check_snapshots();
-        assert!(!self.served.names().contains(&name.to_owned()));
         went_on
     }
 
@@ -155,6 +166,30 @@ fn deletes_killed_on_a_qcow2_base_go_on() {
 #[test]
 fn deletes_killed_past_the_page_cache_go_on() {
     drill("qcow2", "none", Mix::Stamps);
+}
+
+/// All above the lowest layer into one, down and up in turn, a kill in each: also before its first byte, and at its end.
+#[test]
+fn commits_and_streams_killed_go_on() {
+    let mut drill = Drill::start("qcow2", "writeback", Mix::Discards);
+    // What lies lowest holds a snapshot, what lies on it none.
+    ["kept", "gone"].iter().for_each(|name| drill.snapshot(name));
+    let load = drill.load();
+    let id = drill.served.ask("snapshot-delete", json!({ "name": "gone", "auto-dismiss": false }))["job-id"]
+        .clone();
+    drill.end(&id);
+    drill.ledgers = load.finish();
+    drill.snapshots.remove("gone");
+    let mut went_on = 0;
+    for (turn, pause) in [0, 30, 80, 130, 200, 300].into_iter().enumerate() {
+        let nodes = drill.served.ask("query-named-block-nodes", json!({}));
+        let lowest = |height: usize| nodes[nodes.as_array().unwrap().len() - 1 - height]["node-name"].clone();
+        let (command, base) = [("block-commit", lowest(1)), ("block-stream", lowest(0))][turn % 2].clone();
+        let arguments = json!({ "device": "vd0", "base-node": base });
+        went_on += usize::from(drill.kill_in(command, arguments, Duration::from_millis(pause)));
+    }
+    assert!(went_on > 2, "hardly a job was killed in its midst");
+    drill.finish();
 }
 
 /// The whole chain in one image, by hand, and QEMU's tools find nothing wrong with it.

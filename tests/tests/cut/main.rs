@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "what fails here fails the test")]
 
 mod commands;
+mod courtesy;
 mod exports;
 mod foreign;
 mod full;

@@ -70,7 +70,7 @@ const LISTEN_EVERY: Duration = Duration::from_secs(2);
 ///
 /// What the latency would be without the job can only be learned by not copying: so now and then, and at the beginning,
 /// there is a rest long enough to tell.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Courtesy {
     /// The latency without the job.
     alone: Option<Duration>,
@@ -79,11 +79,29 @@ pub(crate) struct Courtesy {
     last: Reading,
     /// When the last rest that tells ended.
     listened: Option<Instant>,
+    /// All the rests so far.
+    total: Duration,
 }
 
 impl Courtesy {
+    /// Before the first piece: a guest that asks for nothing from then on is not waited for, whatever it did before.
+    pub(crate) fn new(last: Reading) -> Self {
+        Self { alone: None, rest: Duration::ZERO, last, listened: None, total: Duration::ZERO }
+    }
+
     /// A piece was copied: how long to rest.
     pub(crate) fn rest(&mut self, reading: Reading, now: Instant) -> Duration {
+        let rest = self.next(reading, now);
+        self.total += rest;
+        rest
+    }
+
+    /// How long it has rested in all.
+    pub(crate) fn total(&self) -> Duration {
+        self.total
+    }
+
+    fn next(&mut self, reading: Reading, now: Instant) -> Duration {
         let is_idle = reading.completed == self.last.completed && reading.in_flight == 0;
         self.last = reading;
         if is_idle {
@@ -167,7 +185,7 @@ mod tests {
     }
 
     fn share_of_copying(alone: f64, harm: f64) -> f64 {
-        let (piece, mut courtesy) = (Duration::from_millis(2), Courtesy::default());
+        let (piece, mut courtesy) = (Duration::from_millis(2), Courtesy::new(Reading::default()));
         let mut guest = Guest { alone, latency: alone, completed: 0, now: Instant::now() };
         let (mut copied, mut rested) = (0.0, 0.0);
         for round in 0..20_000 {
@@ -193,7 +211,7 @@ mod tests {
 
     #[test]
     fn idle_time_is_used_fully() {
-        let mut courtesy = Courtesy::default();
+        let mut courtesy = Courtesy::new(Reading::default());
         let mut now = Instant::now();
         let busy = Reading { latency: Duration::from_millis(1), samples: 5, completed: 5, in_flight: 0 };
         assert!(courtesy.rest(busy, now) >= TELLING_REST);

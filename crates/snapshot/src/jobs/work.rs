@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use block::{Disk, Error, ErrorKind, Result};
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::copy::Merge;
 use super::job::{Halt, Job};
@@ -235,7 +235,7 @@ impl<'a> Work<'a> {
         }
         let pulse = Arc::clone(part.served.chain.pulse());
         let (mut offset, mut buffer, mut unsynced) = (part.copied, Vec::new(), 0);
-        let mut courtesy = Courtesy::default();
+        let mut courtesy = Courtesy::new(pulse.read());
         while let Some((end, bytes)) = merge.step(offset, &mut buffer)? {
             (offset, unsynced) = (end, unsynced + bytes);
             let mut rest = Duration::ZERO;
@@ -252,6 +252,8 @@ impl<'a> Work<'a> {
             self.job.pause_point(rest)?;
             courtesy.rested(pulse.read(), start.elapsed(), Instant::now());
         }
+        let rested_ms = courtesy.total().as_millis();
+        info!(job = self.job.identity.id, rested_ms, "all is copied");
         target.seal();
         target.flush()?;
         self.checkpoint(parts, index, offset)?;
