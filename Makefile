@@ -48,7 +48,7 @@ bench: deps build ## measure against qemu-storage-daemon on the same file
 FUZZ_SECONDS ?= 60
 
 .PHONY: fuzz
-fuzz: ## fuzz the image format; needs nightly Rust and cargo-fuzz
+fuzz: ## fuzz the image format and NBD; needs nightly Rust and cargo-fuzz
 	@set -e; for target in $$(ls fuzz/seeds); do mkdir -p fuzz/corpus/$$target; \
 	$(CARGO) +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
 	-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=1024 -timeout=10; done

@@ -1,0 +1,281 @@
+//! The server: accepts clients, knows who is connected, ends.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use block::Result;
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::export::{Export, ExportStatus, Exports, Removal};
+use crate::listen::{Address, Listening};
+use crate::negotiate::{self, Negotiator, Outcome};
+use crate::tls::Tls;
+use crate::transmit::{Spare, Terms, Transmission};
+use crate::wire::{Handshake, Incoming, Outgoing, Socket, Wire};
+
+/// How long to wait before accepting again when the process has no descriptor or thread left, or too many clients came.
+const EXHAUSTED: Duration = Duration::from_millis(100);
+/// Threads that all connections together may have beyond their first ones.
+const SPARE_THREADS: usize = 64;
+
+/// How a server treats its clients.
+#[derive(Debug)]
+pub struct Config {
+    /// How many may be connected at once; one more is turned away.
+    pub max_connections: usize,
+    /// How long a client may take from connecting to choosing an export.
+    pub handshake: Duration,
+    /// How long a client may take to read one piece of a reply, half a MiB at most. Not zero.
+    pub patience: Duration,
+    /// With it, clients must begin TLS before anything else.
+    pub tls: Option<Tls>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            max_connections: 100,
+            handshake: Duration::from_secs(30),
+            patience: Duration::from_secs(60),
+            tls: None,
+        }
+    }
+}
+
+/// An NBD server. Dropping it stops it.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    listening: Mutex<Vec<Accepting>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    config: Config,
+    exports: Exports,
+    spare: Arc<Spare>,
+    clients: Mutex<Clients>,
+    left: Condvar,
+}
+
+/// Who is connected.
+#[derive(Debug, Default)]
+struct Clients {
+    sockets: BTreeMap<u64, Arc<Socket>>,
+    next: u64,
+    stopped: bool,
+}
+
+/// A socket that listens, and its thread.
+#[derive(Debug)]
+struct Accepting {
+    address: Option<SocketAddr>,
+    /// Closing it wakes the thread, which then ends.
+    wake: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Server {
+    /// A server without exports, at which nobody can connect yet.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        let shared = Shared {
+            config,
+            exports: Exports::default(),
+            spare: Arc::new(Spare::new(SPARE_THREADS)),
+            clients: Mutex::default(),
+            left: Condvar::new(),
+        };
+        Self { shared: Arc::new(shared), listening: Mutex::default() }
+    }
+
+    /// Takes clients at one more address. Returns where TCP clients connect.
+    ///
+    /// # Errors
+    /// The address can not be listened at, or [`Address::Inherited`] is no socket for that.
+    pub fn listen(&self, address: Address) -> Result<Option<SocketAddr>> {
+        let socket = Listening::open(address)?;
+        let address = socket.tcp_address();
+        let (wake, woken) = UnixStream::pair()?;
+        let shared = Arc::clone(&self.shared);
+        let accept = move || shared.accept(&socket, &woken);
+        let thread = thread::Builder::new().name("nbd-accept".to_owned()).spawn(accept)?;
+        self.listening().push(Accepting { address, wake, thread });
+        Ok(address)
+    }
+
+    /// Where TCP clients connect, in the order in which the addresses were added.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.listening().iter().filter_map(|accepting| accepting.address).collect()
+    }
+
+    /// Offers one more export.
+    ///
+    /// # Errors
+    /// [`Busy`](block::ErrorKind::Busy) if there is one of its name, [`InvalidInput`](block::ErrorKind::InvalidInput) if NBD
+    /// can not say one of its names.
+    pub fn add_export(&self, export: Export) -> Result<()> {
+        self.shared.exports.add(export)
+    }
+
+    /// Offers an export no more. Clients that it cut off may have requests in flight yet, which end in their own time:
+    /// [`Export::on_gone`] tells when.
+    ///
+    /// # Errors
+    /// [`NotFound`](block::ErrorKind::NotFound), or [`Busy`](block::ErrorKind::Busy) if it is in use and that matters.
+    pub fn remove_export(&self, name: &str, how: Removal) -> Result<()> {
+        self.shared.exports.remove(name, how)
+    }
+
+    /// The exports, by name.
+    pub fn exports(&self) -> Vec<ExportStatus> {
+        self.shared.exports.status()
+    }
+
+    /// How many clients are connected, those that have not yet chosen an export included.
+    pub fn clients(&self) -> usize {
+        self.shared.clients().sockets.len()
+    }
+
+    /// Takes no more clients and no more requests, and waits up to `grace` for those in flight; then cuts off who is left
+    /// and waits for what the disks still do for them. All exports are removed. A server that was shut down stays so.
+    pub fn shutdown(&self, grace: Duration) {
+        for accepting in std::mem::take(&mut *self.listening()) {
+            drop(accepting.wake);
+            // Its panic, if any, was reported when it happened.
+            let _ = accepting.thread.join();
+        }
+        let mut clients = self.shared.clients();
+        clients.stopped = true;
+        clients.sockets.values().for_each(|socket| socket.stop_reading());
+        let is_connected = |clients: &mut Clients| !clients.sockets.is_empty();
+        let (clients, _) = self
+            .shared
+            .left
+            .wait_timeout_while(clients, grace, is_connected)
+            .unwrap_or_else(PoisonError::into_inner);
+        clients.sockets.values().for_each(|socket| socket.cut());
+        drop(self.shared.left.wait_while(clients, is_connected).unwrap_or_else(PoisonError::into_inner));
+        self.shared.exports.clear();
+    }
+
+    fn listening(&self) -> MutexGuard<'_, Vec<Accepting>> {
+        self.listening.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shutdown(Duration::ZERO);
+    }
+}
+
+impl Shared {
+    fn clients(&self) -> MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes clients until `woken` finds its other end closed.
+    fn accept(self: &Arc<Self>, listening: &Listening, woken: &UnixStream) {
+        loop {
+            let mut polled = [PollFd::new(listening, PollFlags::IN), PollFd::new(woken, PollFlags::IN)];
+            let ready = poll(&mut polled, None);
+            if !polled[1].revents().is_empty() {
+                return;
+            }
+            let accepted = ready.map_err(io::Error::from).and_then(|_| listening.accept());
+            match accepted.and_then(|socket| self.admit(socket)) {
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "could not take an NBD client");
+                    // Whoever keeps trying must not fill the log.
+                    thread::sleep(EXHAUSTED);
+                }
+                Ok(()) => {}
+            }
+        }
+    }
+
+    fn admit(self: &Arc<Self>, socket: Socket) -> io::Result<()> {
+        let Some(place) = self.enter(socket) else {
+            return Err(io::Error::other(format!("there are {} already", self.config.max_connections)));
+        };
+        let serve = move || {
+            if let Err(error) = place.serve() {
+                tracing::debug!(%error, "lost an NBD client in its handshake");
+            }
+        };
+        thread::Builder::new().name("nbd-client".to_owned()).spawn(serve).map(drop)
+    }
+
+    fn enter(self: &Arc<Self>, socket: Socket) -> Option<Place> {
+        let mut clients = self.clients();
+        if clients.stopped || clients.sockets.len() >= self.config.max_connections {
+            return None;
+        }
+        let (number, socket) = (clients.next, Arc::new(socket));
+        clients.next += 1;
+        clients.sockets.insert(number, Arc::clone(&socket));
+        Some(Place { shared: Arc::clone(self), number, socket })
+    }
+}
+
+/// A client's place among [`Clients`], given up on drop.
+struct Place {
+    shared: Arc<Shared>,
+    number: u64,
+    socket: Arc<Socket>,
+}
+
+impl Place {
+    /// Serves the client until it goes.
+    fn serve(&self) -> io::Result<()> {
+        self.socket.prepare();
+        let config = &self.shared.config;
+        let deadline = Instant::now() + config.handshake;
+        let tls = if config.tls.is_some() { negotiate::Tls::Required } else { negotiate::Tls::None };
+        let mut negotiator = Negotiator::new(&self.shared.exports, tls);
+        let mut wire = Wire::new(Arc::clone(&self.socket), config.patience);
+        let (mut incoming, mut outgoing) = (Incoming::default(), Outgoing::default());
+        let chosen = loop {
+            let mut stream =
+                Handshake { wire: &wire, incoming: &mut incoming, outgoing: &mut outgoing, deadline };
+            match (negotiator.run(&mut stream)?, &config.tls) {
+                (Outcome::Chosen(chosen), _) => break chosen,
+                (Outcome::StartTls, Some(tls)) => wire.start_tls(tls.config(), deadline)?,
+                (Outcome::StartTls | Outcome::End, _) => {
+                    wire.close(&mut outgoing);
+                    return Ok(());
+                }
+            }
+        };
+        drop(negotiator);
+        let entered = self.shared.exports.enter(&chosen.export, self.number, &self.socket);
+        let export = entered.ok_or_else(|| io::Error::other("the export was removed meanwhile"))?;
+        Handshake { wire: &wire, incoming: &mut incoming, outgoing: &mut outgoing, deadline }
+            .write_all(&chosen.farewell)?;
+        wire.begin_transmission(&mut incoming)?;
+        let negotiate::Chosen { style, contexts, size, .. } = chosen;
+        let terms = Terms { export, style, contexts, size };
+        Transmission::serve(wire, incoming, outgoing, terms, Arc::clone(&self.shared.spare));
+        Ok(())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // Whatever happened, the client hears that it is over.
+        self.socket.cut();
+        self.shared.clients().sockets.remove(&self.number);
+        self.shared.left.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests;
