@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use block::{ByteRange, Context, Disk, Error, ErrorKind, Result, Source, Storage, write_disk};
+use block::{ByteRange, Context, Disk, Error, ErrorKind, Extent, Result, Source, Storage, write_disk};
 use hostio::{Cache, HostFile, Open};
 use qcow2::{CreateOptions, Image, Journal, Mode, Parts};
 
@@ -13,6 +13,10 @@ use crate::model::ImageFormat;
 
 /// How much is read at once; also the granularity in which progress is told.
 const CHUNK: u64 = 1 << 20;
+
+/// How much is looked up at once. A long chain is asked layer by layer, and each has a table to load, whose entries are of as
+/// much and more.
+const WINDOW: u64 = 16 << 20;
 
 /// What is not written if it is all zeroes, so that the file stays as sparse as the disk.
 const GRAIN: usize = 4096;
@@ -150,30 +154,48 @@ fn copy(
 ) -> Result<()> {
     let capacity = disk.capacity();
     let (mut extents, mut buffer) = (Vec::new(), Vec::new());
-    let mut offset = 0;
+    let (mut offset, mut told) = (0, 0);
     while offset < capacity {
-        let chunk = ByteRange { offset, len: CHUNK.min(capacity - offset) };
         extents.clear();
-        disk.resolve_read(chunk, &mut extents)?;
+        disk.resolve_read(ByteRange { offset, len: WINDOW.min(capacity - offset) }, &mut extents)?;
         for extent in &extents {
-            match &extent.source {
-                Source::Zero => {}
-                Source::File { storage, offset: start } => {
-                    let range = ByteRange { offset: *start, len: extent.len };
-                    copy_extent(&**storage, range, offset, &mut buffer, put)?;
+            let end = offset + extent.len;
+            while offset < end {
+                offset += copy_piece(extent, extent.len - (end - offset), offset, &mut buffer, put)?;
+                if offset - told < CHUNK && offset < capacity {
+                    continue;
                 }
-                Source::Bytes { bytes, offset: start } => {
-                    let bytes = bytes.get(*start..).and_then(|rest| rest.get(..extent.len as usize));
-                    put(bytes.unwrap_or_default(), offset)?;
+                told = offset;
+                if progress(offset, capacity).is_break() {
+                    return Err(Error::new(ErrorKind::Busy, "the export was called off"));
                 }
             }
-            offset += extent.len;
-        }
-        if progress(offset, capacity).is_break() {
-            return Err(Error::new(ErrorKind::Busy, "the export was called off"));
         }
     }
     Ok(())
+}
+
+/// Copies a piece of an extent, from `done` on; how long it was. `to` is where it belongs on the disk.
+fn copy_piece(
+    extent: &Extent,
+    done: u64,
+    to: u64,
+    buffer: &mut Vec<u8>,
+    put: &mut dyn FnMut(&[u8], u64) -> Result<()>,
+) -> Result<u64> {
+    let len = CHUNK.min(extent.len - done);
+    match &extent.source {
+        Source::Zero => return Ok(extent.len - done),
+        Source::File { storage, offset } => {
+            let range = ByteRange { offset: offset + done, len };
+            copy_extent(&**storage, range, to, buffer, put)?;
+        }
+        Source::Bytes { bytes, offset } => {
+            let bytes = bytes.get(offset + done as usize..).and_then(|rest| rest.get(..len as usize));
+            put(bytes.unwrap_or_default(), to)?;
+        }
+    }
+    Ok(len)
 }
 
 /// Copies the part of a file that is data, skipping its holes; `to` is where `range` belongs on the disk.
@@ -188,7 +210,7 @@ fn copy_extent(
     while from < range.end() {
         let rest = ByteRange { offset: from, len: range.end() - from };
         let Some(data) = storage.next_data(from)?.and_then(|data| data.intersect(rest)) else { break };
-        // Extents are at most a chunk long, so this buffer is bounded.
+        // At most a chunk long, so this buffer is bounded.
         buffer.resize(data.len as usize, 0);
         storage.read_at(buffer, data.offset)?;
         put_grains(buffer, to + (data.offset - range.offset), put)?;

@@ -13,7 +13,7 @@ use crate::ledger::Clock;
 use crate::served::{Served, Wanted};
 
 /// All holes, and so many that an export of it has no end in a test's time.
-const ENDLESS: u64 = 64 << 40;
+const ENDLESS: u64 = 1 << 50;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
