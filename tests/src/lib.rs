@@ -2,7 +2,6 @@
 //!
 //! - [`Driver`]: an honest virtio-blk driver over vhost-user, for data and for load.
 //! - [`Load`]: that driver kept busy, and what it measured.
-//! - [`Random`]: numbers that are the same each time.
 //! - [`FrontEnd`]: rings by hand, for messages and for chains that no driver would make.
 
 #![allow(clippy::unwrap_used, reason = "a test's means fail the test")]
@@ -10,11 +9,9 @@
 mod driver;
 mod front_end;
 mod load;
-mod random;
 mod stats;
 
 pub use driver::{Driver, DriverQueue, Request};
 pub use front_end::{Desc, FrontEnd};
 pub use load::{Load, Measured};
-pub use random::Random;
 pub use stats::{ProcessTime, open_files, percentile, threads};

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::{Driver, DriverQueue, ProcessTime, Random, Request, percentile};
+use block::testing::Random;
+
+use crate::{Driver, DriverQueue, ProcessTime, Request, percentile};
 
 /// The same numbers in every run.
 const SEED: u64 = 0x2545_f491_4f6c_dd1d;

@@ -11,7 +11,7 @@ use crate::header::MAX_L1_BYTES;
 use crate::header_update;
 use crate::image::{Image, Inner, Writer};
 use crate::work::Work;
-use crate::zero::Why;
+use crate::zero::{Clear, Why};
 
 /// Clusters that are hidden with one flush, when a disk becomes larger: bounds memory and journal, however much is beneath.
 const HIDDEN: u64 = 4096;
@@ -141,7 +141,7 @@ impl Inner {
             let to = ((from >> self.geometry.cluster_bits) + HIDDEN) << self.geometry.cluster_bits;
             let range = ByteRange { offset: from, len: end.min(to).saturating_sub(from) };
             let why = Why::Zero { unmap: true };
-            blocking(|waker| match self.clear_range(writer, range, why, waker) {
+            blocking(|waker| match (Clear { image: self, writer, why, waker }).range(range) {
                 Ok(true) => std::task::Poll::Ready(Ok(())),
                 Ok(false) => std::task::Poll::Pending,
                 Err(error) => std::task::Poll::Ready(Err(error)),

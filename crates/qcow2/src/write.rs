@@ -51,6 +51,8 @@ impl Inner {
         Ok(true)
     }
 
+    /// Gives each cluster of `range` a home and claims what the write will publish, all of it or nothing. Appends where the
+    /// bytes go.
     fn resolve_new(
         self: &Arc<Self>,
         writer: &Writer,
@@ -59,44 +61,22 @@ impl Inner {
         waker: &Waker,
         out: &mut Vec<Extent>,
     ) -> Poll<Result<WriteGuard>> {
-        let claims = match self.claim(writer, epoch, range, waker, out) {
-            Ok(Some(claims)) => claims,
-            Ok(None) => return Poll::Pending,
-            Err(error) => return Poll::Ready(Err(error)),
-        };
-        let filled = claims.claims.iter().try_for_each(|claim| self.fill_rest(range, claim));
-        let filled = filled.context(|| "copy the rest of a subcluster");
-        Poll::Ready(filled.map(|()| WriteGuard::allocating(Box::new(claims))))
-    }
-
-    /// Gives each cluster of `range` a home and claims what the write will publish, all of it or nothing. Appends
-    /// where the bytes go. `None` if it has to wait.
-    fn claim(
-        self: &Arc<Self>,
-        writer: &Writer,
-        epoch: &Arc<Epoch>,
-        range: ByteRange,
-        waker: &Waker,
-        out: &mut Vec<Extent>,
-    ) -> Result<Option<Allocating>> {
-        let mut core = writer.core();
         let mut claims = Vec::with_capacity(1);
-        let mut homes = Homes { image: self, epoch, out, run: None };
-        match self.find_homes(&mut core, range, waker, &mut claims, &mut homes) {
-            Ok(true) => {
-                homes.end();
-                let owner = core.claims.hold(&claims);
-                Ok(Some(Allocating { image: Arc::clone(self), owner, claims, held: true }))
-            }
-            Ok(false) => {
+        let owner = {
+            let mut core = writer.core();
+            let mut homes = Homes { image: self, epoch, out, run: None };
+            let found = self.find_homes(&mut core, range, waker, &mut claims, &mut homes);
+            if !matches!(found, Ok(true)) {
                 self.give_back(&mut core, &claims);
-                Ok(None)
+                return found.map_or_else(|error| Poll::Ready(Err(error)), |_| Poll::Pending);
             }
-            Err(error) => {
-                self.give_back(&mut core, &claims);
-                Err(error)
-            }
-        }
+            homes.end();
+            core.claims.hold(&claims)
+        };
+        let pending = Allocating { image: Arc::clone(self), owner, claims, held: true };
+        let filled = pending.claims.iter().try_for_each(|claim| self.fill_rest(range, claim));
+        let filled = filled.context(|| "copy the rest of a subcluster");
+        Poll::Ready(filled.map(|()| WriteGuard::allocating(Box::new(pending))))
     }
 
     /// Adds to `claims` what a write of `range` is to hold. `false` if it has to wait; whatever comes of it, the claims so

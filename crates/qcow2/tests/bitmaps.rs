@@ -10,10 +10,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::testing::MemStorage;
+use block::testing::{MemStorage, Random};
 use block::{ByteRange, Disk, ErrorKind, blocking, write_disk};
 use qcow2::{Image, Journal, Mode, Parts, Report};
-use support::{Random, assert_same, contents, memory};
+use support::{assert_same, contents, memory};
 
 const CAPACITY: u64 = 4 << 20;
 /// Bytes of a granule of the bitmap that follows writes.
@@ -124,7 +124,7 @@ fn all_that_a_guest_changes_is_in_the_bitmap_that_qemu_goes_on_with() {
         let (image, storage) = world.open(None);
         let mut random = Random(seed);
         for round in 0..30 {
-            let (offset, len) = random.range(CAPACITY);
+            let ByteRange { offset, len } = random.range(CAPACITY);
             let range = ByteRange { offset, len: len.min(9000) };
             match round % 4 {
                 0 => blocking(|waker| image.discard(range, waker)).unwrap(),

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use block::testing::{FaultStorage, MemStorage};
 use block::{ByteRange, Disk, Error, ErrorKind, Storage, blocking, read_disk, write_disk};
 use qcow2::{CreateOptions, Image, Journal, Mode, Parts};
-use support::{Files, Verdict, assert_same, check, contents, memory, options};
+use support::{Files, Hook, Hooked, Verdict, assert_same, check, contents, memory, options};
 
 fn image() -> (Arc<FaultStorage>, Files, Image) {
     let storage = memory();
@@ -25,38 +25,22 @@ struct FailingWrite {
     left: AtomicI64,
 }
 
-impl Storage for FailingWrite {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> block::Result<()> {
-        self.inner.read_at(buf, offset)
+impl Hooked for FailingWrite {
+    fn inner(&self) -> &dyn Storage {
+        &self.inner
     }
 
-    fn write_at(&self, buf: &[u8], offset: u64) -> block::Result<()> {
+    fn write(&self, buf: &[u8], offset: u64) -> block::Result<()> {
         match self.left.fetch_sub(1, Ordering::SeqCst) {
             1 => Err(Error::new(ErrorKind::Io, "injected: input/output error")),
             _ => self.inner.write_at(buf, offset),
         }
     }
-
-    fn sync(&self) -> block::Result<()> {
-        Ok(())
-    }
-
-    fn len(&self) -> block::Result<u64> {
-        self.inner.len()
-    }
-
-    fn set_len(&self, len: u64) -> block::Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn punch_hole(&self, range: ByteRange) -> block::Result<()> {
-        self.inner.punch_hole(range)
-    }
 }
 
 /// Each write of two flushes fails in its turn: those of new tables, of refcounts, of entries, of the L1 table.
 fn fail_a_write(failing: i64, kill: bool) -> bool {
-    let storage = Arc::new(FailingWrite::default());
+    let storage = Arc::new(Hook::<FailingWrite>::default());
     let files = Files::new(storage.clone(), &options(1 << 20, 16, true));
     let mut image = files.open(None).unwrap();
     let mut expected = vec![0; 1 << 20];
@@ -67,12 +51,15 @@ fn fail_a_write(failing: i64, kill: bool) -> bool {
             write_disk(&image, at as u64, &[7; 4096]).unwrap();
             expected[at..at + 4096].fill(7);
         }
-        storage.left.store(if round == failing as usize / 8 { failing % 8 + 1 } else { 0 }, Ordering::SeqCst);
+        storage
+            .0
+            .left
+            .store(if round == failing as usize / 8 { failing % 8 + 1 } else { 0 }, Ordering::SeqCst);
         let flushed = image.flush().run();
         assert_eq!(flushed.is_ok(), image.is_clean());
         failed |= flushed.is_err();
-        storage.left.store(0, Ordering::SeqCst);
-        assert_eq!(check(&storage.inner.bytes()).errors, Vec::<String>::new());
+        storage.0.left.store(0, Ordering::SeqCst);
+        assert_eq!(check(&storage.0.inner.bytes()).errors, Vec::<String>::new());
         // What comes between must not be lost either.
         write_disk(&image, 700_000, &[9; 512]).unwrap();
         expected[700_000..700_512].fill(9);
@@ -84,7 +71,7 @@ fn fail_a_write(failing: i64, kill: bool) -> bool {
     }
     image.flush().run().unwrap();
     assert!(image.is_clean());
-    let verdict = check(&storage.inner.bytes());
+    let verdict = check(&storage.0.inner.bytes());
     // A process killed between counting and naming a table leaves that one cluster counted.
     assert!(verdict.errors.is_empty() && verdict.leaks <= usize::from(kill && failed), "{verdict:?}");
     failed

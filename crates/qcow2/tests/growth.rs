@@ -6,10 +6,10 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use block::testing::{CrashStorage, FaultStorage, MemStorage};
-use block::{ByteRange, Disk, ErrorKind, RawDisk, Storage, read_disk, write_disk};
+use block::testing::{CrashStorage, FaultStorage, MemStorage, Random};
+use block::{Disk, ErrorKind, RawDisk, Storage, read_disk, write_disk};
 use qcow2::{CreateOptions, Header, Image, Mode, Parts};
-use support::{Files, Random, Verdict, assert_same, check, contents, memory, options};
+use support::{Files, Hook, Hooked, Verdict, assert_same, check, contents, memory, options};
 
 fn base(len: u64) -> (Vec<u8>, Arc<dyn Disk>) {
     let bytes: Vec<u8> =
@@ -99,12 +99,9 @@ fn power_lost_while_growing_leaves_the_old_size_or_the_new_one() {
         write_disk(&image, 0, &[7; 4096]).unwrap();
         image.flush().run().unwrap();
         // The power goes after so many syncs.
-        let stop = Arc::new(StopsSyncing {
-            inner: storage.clone(),
-            left: (seed / 2 % 10).into(),
-            lies: false.into(),
-        });
-        let parts = Parts::new(stop, Some(base.clone()));
+        let left = (seed / 2 % 10).into();
+        let stop = Hook(StopsSyncing { inner: storage.clone(), left, lies: false.into() });
+        let parts = Parts::new(Arc::new(stop), Some(base.clone()));
         let image = files.open_parts(parts).unwrap();
         let grown = image.grow(9 << 40);
         let mut random = Random(seed);
@@ -131,7 +128,7 @@ fn power_lost_while_growing_leaves_the_old_size_or_the_new_one() {
 fn a_disk_that_could_not_grow_keeps_what_is_written_later() {
     let storage = Arc::new(CrashStorage::new());
     let files = Files::new(storage.clone(), &options(1 << 20, 16, false));
-    let lies = StopsSyncing { inner: storage.clone(), left: u64::MAX.into(), lies: true.into() };
+    let lies = Hook(StopsSyncing { inner: storage.clone(), left: u64::MAX.into(), lies: true.into() });
     let image = files.open_parts(Parts::new(Arc::new(lies), None)).unwrap();
     assert_eq!(image.grow(5 << 40).unwrap_err().kind(), ErrorKind::Io);
     write_disk(&image, 0, &[7; 4096]).unwrap();
@@ -152,12 +149,12 @@ struct StopsSyncing {
     lies: std::sync::atomic::AtomicBool,
 }
 
-impl Storage for StopsSyncing {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> block::Result<()> {
-        self.inner.read_at(buf, offset)
+impl Hooked for StopsSyncing {
+    fn inner(&self) -> &dyn Storage {
+        &*self.inner
     }
 
-    fn write_at(&self, buf: &[u8], offset: u64) -> block::Result<()> {
+    fn write(&self, buf: &[u8], offset: u64) -> block::Result<()> {
         self.inner.write_at(buf, offset)?;
         match offset == 24 && self.lies.swap(false, Ordering::SeqCst) {
             true => Err(block::Error::new(ErrorKind::Io, "injected: written, and said not to be")),
@@ -169,18 +166,6 @@ impl Storage for StopsSyncing {
         let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
         left.map_err(|_| block::Error::new(ErrorKind::Io, "injected: no power"))?;
         self.inner.sync()
-    }
-
-    fn len(&self) -> block::Result<u64> {
-        self.inner.len()
-    }
-
-    fn set_len(&self, len: u64) -> block::Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn punch_hole(&self, range: ByteRange) -> block::Result<()> {
-        self.inner.punch_hole(range)
     }
 }
 

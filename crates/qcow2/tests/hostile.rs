@@ -5,10 +5,10 @@ mod support;
 
 use std::sync::Arc;
 
-use block::testing::MemStorage;
+use block::testing::{MemStorage, Random};
 use block::{ByteRange, Disk, ErrorKind, blocking, read_disk, write_disk};
 use qcow2::{CreateOptions, Header, Image, Journal, Mode, Parts};
-use support::{Files, Random, memory, options};
+use support::{Files, memory, options};
 
 /// An image with data in it, cleanly closed.
 fn valid(extended: bool) -> Vec<u8> {
@@ -145,12 +145,12 @@ fn random_damage_never_panics() {
             let cluster = random.below(bytes.len() as u64 / 65536) << 16;
             let reach = [112, 512][random.below(2) as usize];
             let at = (cluster + random.below(reach)) as usize;
-            bytes[at] = [0, 0xff, 0x80, 1, random.next() as u8][random.below(5) as usize];
+            bytes[at] = [0, 0xff, 0x80, 1, random.number() as u8][random.below(5) as usize];
         }
         let Ok(image) = open(&bytes, random.below(2) == 0) else { continue };
         let capacity = image.capacity().min(1 << 20);
         for _ in 0..4 {
-            let (offset, len) = random.range(capacity);
+            let ByteRange { offset, len } = random.range(capacity);
             let _ = read_disk(&image, offset, &mut vec![0; len as usize]);
             let _ = write_disk(&image, offset, &vec![1; len as usize]);
             let _ = blocking(|waker| image.write_zeroes(ByteRange { offset, len }, true, waker));

@@ -5,16 +5,14 @@
 
 mod support;
 
-use std::fs;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Poll, Waker};
 
-use block::testing::{CrashStorage, MemStorage};
+use block::testing::{CrashStorage, MemStorage, Random};
 use block::{ByteRange, Disk, Extent, Flush, FlushStep, RawDisk, Source, Storage, WriteGuard, read_disk};
 use qcow2::{Image, Mode, Parts};
-use support::{Files, Random, check, contents, options};
+use support::{Files, Hook, Hooked, check, contents, options, small_clusters};
 
 const CAPACITY: u64 = 390 * 512;
 
@@ -26,12 +24,12 @@ struct Flaky {
     fails: AtomicU64,
 }
 
-impl Storage for Flaky {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> block::Result<()> {
-        self.inner.read_at(buf, offset)
+impl Hooked for Flaky {
+    fn inner(&self) -> &dyn Storage {
+        &self.inner
     }
 
-    fn write_at(&self, buf: &[u8], offset: u64) -> block::Result<()> {
+    fn write(&self, buf: &[u8], offset: u64) -> block::Result<()> {
         let fails = self.fails.load(Ordering::Relaxed);
         self.fails.store(fails.saturating_sub(1), Ordering::Relaxed);
         if fails == 1 {
@@ -40,22 +38,6 @@ impl Storage for Flaky {
             return Err(block::Error::new(block::ErrorKind::Io, "injected: input/output error"));
         }
         self.inner.write_at(buf, offset)
-    }
-
-    fn sync(&self) -> block::Result<()> {
-        self.inner.sync()
-    }
-
-    fn len(&self) -> block::Result<u64> {
-        self.inner.len()
-    }
-
-    fn set_len(&self, len: u64) -> block::Result<()> {
-        self.inner.set_len(len)
-    }
-
-    fn punch_hole(&self, range: ByteRange) -> block::Result<()> {
-        self.inner.punch_hole(range)
     }
 }
 
@@ -78,8 +60,8 @@ struct Flushing {
 
 struct World {
     random: Random,
-    storage: Arc<Flaky>,
-    journal: [Arc<Flaky>; 2],
+    storage: Arc<Hook<Flaky>>,
+    journal: [Arc<Hook<Flaky>>; 2],
     base: Arc<dyn Disk>,
     files: Files,
     image: Image,
@@ -93,29 +75,18 @@ struct World {
     dropped_patches: usize,
 }
 
-/// Clusters of 512 bytes: an L2 table maps 32 KiB, a refcount block counts 128 KiB.
-fn small_clusters(storage: &Flaky) {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, size) = (folder.path().join("image"), CAPACITY.to_string());
-    let mut create = Command::new("qemu-img");
-    create.args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=512"]).arg(&path).arg(size);
-    assert!(create.status().unwrap().success());
-    storage.write_at(&fs::read(path).unwrap(), 0).unwrap();
-    storage.sync().unwrap();
-}
-
 impl World {
     fn new(seed: u64) -> Self {
         let bytes: Vec<u8> = (0..CAPACITY / 1024 * 512).map(|at| (at / 512 + 1) as u8).collect();
         let mut expected = bytes.clone();
         expected.resize(CAPACITY as usize, 0);
         let base: Arc<dyn Disk> = Arc::new(RawDisk::new(Arc::new(MemStorage::from(bytes)), true).unwrap());
-        let storage = Arc::new(Flaky::default());
+        let storage = Arc::new(Hook::<Flaky>::default());
         match seed % 3 {
-            0 => small_clusters(&storage),
+            0 => small_clusters(&*storage, CAPACITY),
             kind => qcow2::create(&*storage, &options(CAPACITY, 16, kind == 1)).unwrap(),
         }
-        let journal = [Arc::new(Flaky::default()), Arc::new(Flaky::default())];
+        let journal = [Arc::new(Hook::<Flaky>::default()), Arc::new(Hook::<Flaky>::default())];
         let files = Files { image: storage.clone(), journal: journal.clone().map(|half| half as _) };
         let image = files.open(Some(base.clone())).unwrap();
         Self {
@@ -167,7 +138,7 @@ impl World {
 
     fn hold(&mut self) {
         let Some(range) = self.free_range() else { return };
-        let new = vec![self.random.next() as u8; range.len as usize];
+        let new = vec![self.random.number() as u8; range.len as usize];
         let mut extents = Vec::new();
         // One that waits, or fails, is given up.
         let resolved = self.image.resolve_write(range, Waker::noop(), &mut extents);
@@ -261,7 +232,7 @@ impl World {
     /// The process dies, and another one goes on.
     fn kill(&mut self) {
         for file in [&self.storage, &self.journal[0], &self.journal[1]] {
-            file.fails.store(0, Ordering::Relaxed);
+            file.0.fails.store(0, Ordering::Relaxed);
         }
         self.flushes.clear();
         let held = std::mem::take(&mut self.held);
@@ -288,7 +259,7 @@ impl World {
     /// since the last flush.
     fn lose_power(&mut self) {
         for chance in [0, 100, 50, 90] {
-            let left = self.storage.inner.after_power_loss(|| self.random.below(100) < chance);
+            let left = self.storage.0.inner.after_power_loss(|| self.random.below(100) < chance);
             let verdict = check(&left.bytes());
             assert!(verdict.errors.is_empty(), "after the loss of power: {:?}", verdict.errors);
             let image =
@@ -308,7 +279,7 @@ impl World {
     fn fail_a_write(&mut self) {
         let file =
             [&self.storage, &self.storage, &self.journal[0], &self.journal[1]][self.random.below(4) as usize];
-        file.fails.store(1 + self.random.below(12), Ordering::Relaxed);
+        file.0.fails.store(1 + self.random.below(12), Ordering::Relaxed);
     }
 
     fn step(&mut self) {
@@ -334,7 +305,7 @@ fn requests_in_any_order_lose_nothing_of_each_other() {
             (0..200).for_each(|_| world.step());
             world.lose_power();
             world.kill();
-            assert!(check(&world.storage.inner.after_power_loss(|| true).bytes()).errors.is_empty());
+            assert!(check(&world.storage.0.inner.after_power_loss(|| true).bytes()).errors.is_empty());
         });
         assert!(run.is_ok(), "seed {seed}");
     }

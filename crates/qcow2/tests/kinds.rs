@@ -4,29 +4,17 @@
 mod support;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
+use block::testing::Random;
 use block::{ByteRange, Disk, RawDisk, Storage, blocking, read_disk, write_disk};
-use hostio::{Cache, HostFile, Open};
 use qcow2::{Image, Journal, Mode, Parts};
-use support::{Random, assert_same, contents, memory};
+use support::{assert_same, contents, memory, open_file, qemu};
 
 /// Not a multiple of most cluster sizes.
 const CAPACITY: u64 = (3 << 20) + 5 * 512;
-
-fn qemu(program: &str, folder: &Path, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).current_dir(folder).output().unwrap();
-    let text =
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {text}");
-    text
-}
-
-fn open_file(path: &Path, writable: bool) -> Arc<dyn Storage> {
-    Arc::new(HostFile::open(path, Open { writable, cache: Cache::Writeback }).unwrap())
-}
 
 /// A kind of image, and what QEMU did to it before we got it.
 struct Kind {
@@ -131,7 +119,7 @@ impl World {
 
     fn scribble(&mut self, image: &Image, count: u64) {
         for _ in 0..count {
-            let (offset, len) = self.random.range(CAPACITY);
+            let ByteRange { offset, len } = self.random.range(CAPACITY);
             let range = ByteRange { offset, len };
             let place = offset as usize..(offset + len) as usize;
             match self.random.below(8) {
@@ -150,7 +138,7 @@ impl World {
                 }
                 3 => image.flush().run().unwrap(),
                 _ => {
-                    let value = self.random.next() as u8;
+                    let value = self.random.number() as u8;
                     write_disk(image, offset, &vec![value; len as usize]).unwrap();
                     self.expected[place].fill(value);
                 }

@@ -7,10 +7,10 @@ mod support;
 use std::sync::Arc;
 use std::task::Waker;
 
-use block::testing::{FaultStorage, MemStorage};
+use block::testing::{FaultStorage, MemStorage, Random};
 use block::{ByteRange, Disk, Extent, RawDisk, Source, WriteGuard, blocking, read_disk, write_disk};
 use qcow2::{Image, Mode, Parts};
-use support::{Files, Random, Verdict, assert_same, check, contents, memory, options};
+use support::{Files, Verdict, assert_same, check, contents, memory, options};
 
 /// Clusters of each image are 64 KiB: with this capacity a few of them, the last one odd.
 const CAPACITIES: [u64; 3] = [512 * 1024, 300_000, 1_000_001];
@@ -69,8 +69,8 @@ impl World {
     }
 
     fn some_bytes(&mut self) -> (u64, Vec<u8>) {
-        let (offset, len) = self.random.range(self.expected.len() as u64);
-        let value = self.random.next() as u8;
+        let ByteRange { offset, len } = self.random.range(self.expected.len() as u64);
+        let value = self.random.number() as u8;
         (offset, vec![value; len as usize])
     }
 
@@ -130,7 +130,7 @@ impl World {
     }
 
     fn clear(&mut self) {
-        let (offset, len) = self.random.range(self.expected.len() as u64);
+        let ByteRange { offset, len } = self.random.range(self.expected.len() as u64);
         if self.overlaps_held(offset, len as usize) {
             return;
         }
@@ -222,7 +222,7 @@ impl World {
             18 => self.kill(),
             _ if self.files.len() < 3 && self.random.below(10) == 0 => self.pivot(),
             _ => {
-                let (offset, len) = self.random.range(self.expected.len() as u64);
+                let ByteRange { offset, len } = self.random.range(self.expected.len() as u64);
                 if !self.overlaps_held(offset, len as usize) {
                     let mut found = vec![0; len as usize];
                     read_disk(&self.active, offset, &mut found).unwrap();

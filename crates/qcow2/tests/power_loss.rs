@@ -4,14 +4,12 @@
 
 mod support;
 
-use std::fs;
-use std::process::Command;
 use std::sync::Arc;
 
-use block::testing::{CrashStorage, MemStorage};
-use block::{ByteRange, Disk, FlushStep, RawDisk, Storage, blocking, write_disk};
+use block::testing::{CrashStorage, MemStorage, Random};
+use block::{ByteRange, Disk, FlushStep, RawDisk, blocking, write_disk};
 use qcow2::{Image, Mode, Parts};
-use support::{Files, Random, check, contents, memory, options};
+use support::{Files, check, contents, memory, options, small_clusters};
 
 const CAPACITY: u64 = 782 * 512;
 const SECTOR: usize = 512;
@@ -26,19 +24,6 @@ struct World {
     history: Vec<Vec<u8>>,
 }
 
-/// An image of QEMU's with clusters of 512 bytes: a refcount block counts 128 KiB, an L2 table maps 32 KiB, so there are
-/// new ones of both all the time.
-fn small_clusters(storage: &Arc<CrashStorage>) -> Files {
-    let folder = tempfile::tempdir().unwrap();
-    let (path, size) = (folder.path().join("image"), CAPACITY.to_string());
-    let mut create = Command::new("qemu-img");
-    create.args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=512"]).arg(&path).arg(size);
-    assert!(create.status().unwrap().success());
-    storage.write_at(&fs::read(path).unwrap(), 0).unwrap();
-    storage.sync().unwrap();
-    Files { image: storage.clone(), journal: [memory(), memory()] }
-}
-
 impl World {
     fn new(seed: u64) -> Self {
         let random = Random(seed);
@@ -49,7 +34,10 @@ impl World {
         let base: Arc<dyn Disk> = Arc::new(RawDisk::new(Arc::new(MemStorage::from(bytes)), true).unwrap());
         let storage = Arc::new(CrashStorage::new());
         let files = match seed % 3 {
-            0 => small_clusters(&storage),
+            0 => {
+                small_clusters(&*storage, CAPACITY);
+                Files { image: storage.clone(), journal: [memory(), memory()] }
+            }
             kind => Files::new(storage.clone(), &options(CAPACITY, 16, kind == 1)),
         };
         let image = files.open(Some(base.clone())).unwrap();
@@ -57,7 +45,7 @@ impl World {
     }
 
     fn write(&mut self) {
-        let (offset, len) = self.random.range(CAPACITY);
+        let ByteRange { offset, len } = self.random.range(CAPACITY);
         let mut next = self.history.last().unwrap().clone();
         let place = &mut next[offset as usize..][..len as usize];
         if self.random.below(4) == 0 {
@@ -65,7 +53,7 @@ impl World {
             blocking(|waker| self.image.write_zeroes(range, true, waker)).unwrap();
             place.fill(0);
         } else {
-            place.fill(self.random.next() as u8);
+            place.fill(self.random.number() as u8);
             write_disk(&self.image, offset, place).unwrap();
         }
         self.history.push(next);

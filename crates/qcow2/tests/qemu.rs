@@ -8,24 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use block::{ByteRange, Disk, ErrorKind, Layer, Place, RawDisk, Storage, blocking, write_disk};
-use hostio::{Cache, HostFile, Open};
+use block::testing::Random;
+use block::{ByteRange, Disk, ErrorKind, Layer, Place, RawDisk, blocking, write_disk};
+use hostio::{Cache, HostFile};
 use qcow2::{CreateOptions, Header, Image, Journal, Mode, Parts};
-use support::{Random, assert_same, contents, memory};
+use support::{assert_same, contents, memory, open_file, qemu};
 
 const CAPACITY: u64 = 4 << 20;
-
-fn qemu(program: &str, folder: &Path, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).current_dir(folder).output().unwrap();
-    let text =
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {text}");
-    text
-}
-
-fn open_file(path: &Path, writable: bool) -> Arc<dyn Storage> {
-    Arc::new(HostFile::open(path, Open { writable, cache: Cache::Writeback }).unwrap())
-}
 
 fn raw(path: &Path) -> Arc<dyn Disk> {
     Arc::new(RawDisk::new(open_file(path, false), true).unwrap())
@@ -45,7 +34,7 @@ fn open_image(image: &Path, backing: Option<Arc<dyn Disk>>) -> Image {
 
 fn scribble(disk: &dyn Disk, expected: &mut [u8], random: &mut Random, count: u64) {
     for _ in 0..count {
-        let (offset, len) = random.range(disk.capacity());
+        let ByteRange { offset, len } = random.range(disk.capacity());
         let bytes = match random.below(5) {
             0 => {
                 let unmap = random.below(2) == 0;
@@ -53,7 +42,7 @@ fn scribble(disk: &dyn Disk, expected: &mut [u8], random: &mut Random, count: u6
                 vec![0; len as usize]
             }
             _ => {
-                let bytes = vec![random.next() as u8; len as usize];
+                let bytes = vec![random.number() as u8; len as usize];
                 write_disk(disk, offset, &bytes).unwrap();
                 bytes
             }

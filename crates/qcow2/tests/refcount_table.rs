@@ -8,11 +8,11 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use block::testing::{CrashStorage, FaultStorage, MemStorage};
+use block::testing::{CrashStorage, FaultStorage, MemStorage, Random};
 use block::{Disk, ErrorKind, FlushStep, Storage, blocking, read_disk, write_disk};
 use hostio::{Cache, HostFile, Open};
 use qcow2::{Image, Mode, Parts};
-use support::{Files, Random, Verdict, check, memory, options};
+use support::{Files, Verdict, check, memory, options};
 
 const MIB: u64 = 1 << 20;
 

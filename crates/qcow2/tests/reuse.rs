@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
 use std::thread;
 
-use block::testing::{CrashStorage, FaultStorage, MemStorage};
+use block::testing::{CrashStorage, FaultStorage, MemStorage, Random};
 use block::{ByteRange, Disk, Extent, RawDisk, Source, blocking, read_disk, write_disk};
 use qcow2::{Image, Journal, Mode, Parts};
-use support::{Files, Random, Verdict, assert_same, check, contents, memory, options};
+use support::{Files, Verdict, assert_same, check, contents, memory, options};
 
 const CAPACITY: u64 = 2 << 20;
 const CLUSTER: u64 = 1 << 16;

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use block::testing::MemStorage;
+use block::testing::{MemStorage, Random};
 use block::{ByteRange, Disk, RawDisk, blocking, read_disk, write_disk};
 use qcow2::Image;
-use support::{Files, Random, Verdict, assert_same, check, contents, memory, options};
+use support::{Files, Verdict, assert_same, check, contents, memory, options};
 
 const CAPACITY: u64 = 1 << 20;
 const THREADS: u64 = 4;
@@ -23,7 +23,7 @@ fn work(image: &Image, thread: u64, seed: u64) -> Vec<(u64, u8)> {
     let mut written = Vec::new();
     for _ in 0..300 {
         let piece = random.below(CAPACITY / PIECE / THREADS) * THREADS + thread;
-        let (offset, value) = (piece * PIECE, if random.below(5) == 0 { 0 } else { random.next() as u8 });
+        let (offset, value) = (piece * PIECE, if random.below(5) == 0 { 0 } else { random.number() as u8 });
         if value == 0 {
             let range = ByteRange { offset, len: PIECE };
             blocking(|waker| image.write_zeroes(range, random.0 & 1 == 0, waker)).unwrap();

@@ -12,24 +12,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use block::testing::Random;
 use block::{ByteRange, Disk, ErrorKind, blocking, read_disk, write_disk};
 use snapshot::{
     Chain, CommitRequest, DeleteRequest, Event, JobOptions, JobStatus, JobVerb, Manager, StreamRequest,
 };
 
 use bench::{Bench, SIZE, byte, chain, check, delete, finish, snapshot, stamp};
-
-/// A generator that is the same each time (splitmix64).
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % sides
-    }
-}
 
 fn kept() -> JobOptions {
     JobOptions { auto_dismiss: false, ..JobOptions::default() }
@@ -43,7 +32,7 @@ fn content(manager: &Manager) -> Vec<u8> {
 
 /// A change of the disk, and of the bytes that it should have: a write or zeroes, of sectors. It goes through the gate as a
 /// guest's requests do.
-fn change(chain: &Arc<Chain>, oracle: &mut [u8], dice: &mut Dice) {
+fn change(chain: &Arc<Chain>, oracle: &mut [u8], dice: &mut Random) {
     let lane = chain.gate().lane(std::task::Waker::noop().clone());
     while !lane.enter() {
         std::thread::sleep(Duration::from_micros(100));
@@ -52,17 +41,17 @@ fn change(chain: &Arc<Chain>, oracle: &mut [u8], dice: &mut Dice) {
     lane.leave(1);
 }
 
-fn apply(disk: &dyn Disk, oracle: &mut [u8], dice: &mut Dice) {
-    let start = dice.roll(SIZE / 512) * 512;
-    let longest = [512, 4096, 65536, 1 << 20][dice.roll(4) as usize];
-    let len = (512 * (1 + dice.roll(longest / 512))).min(SIZE - start);
+fn apply(disk: &dyn Disk, oracle: &mut [u8], dice: &mut Random) {
+    let start = dice.below(SIZE / 512) * 512;
+    let longest = [512, 4096, 65536, 1 << 20][dice.below(4) as usize];
+    let len = (512 * (1 + dice.below(longest / 512))).min(SIZE - start);
     let place = start as usize..(start + len) as usize;
     let range = ByteRange { offset: start, len };
-    match dice.roll(6) {
-        0 => blocking(|waker| disk.write_zeroes(range, dice.roll(2) == 0, waker))
+    match dice.below(6) {
+        0 => blocking(|waker| disk.write_zeroes(range, dice.below(2) == 0, waker))
             .map(|()| oracle[place].fill(0)),
         _ => {
-            let bytes = vec![1 + dice.roll(255) as u8; len as usize];
+            let bytes = vec![1 + dice.below(255) as u8; len as usize];
             write_disk(disk, start, &bytes).map(|()| oracle[place].copy_from_slice(&bytes))
         }
     }
@@ -79,11 +68,11 @@ type Counts = [usize; 3];
 
 /// Some merge, somewhere: which of the counts it is, the job's id, and the snapshot that it deletes. `None` if it is refused,
 /// which changes nothing.
-fn merge(manager: &Manager, names: &[String], dice: &mut Dice) -> Option<(usize, String, Option<String>)> {
+fn merge(manager: &Manager, names: &[String], dice: &mut Random) -> Option<(usize, String, Option<String>)> {
     let nodes = nodes(manager);
-    let low = dice.roll(nodes.len() as u64) as usize;
-    let high = (low + 1 + dice.roll(2) as usize).min(nodes.len() - 1);
-    let kind = dice.roll(4) as usize;
+    let low = dice.below(nodes.len() as u64) as usize;
+    let high = (low + 1 + dice.below(2) as usize).min(nodes.len() - 1);
+    let kind = dice.below(4) as usize;
     match kind {
         0 => {
             let [base_node, top_node] = [low, high].map(|at| Some(nodes[at].clone()));
@@ -99,7 +88,7 @@ fn merge(manager: &Manager, names: &[String], dice: &mut Dice) -> Option<(usize,
             manager.stream(request).ok().map(|id| (kind, id, None))
         }
         _ => {
-            let name = names.get(dice.roll(names.len().max(1) as u64) as usize)?.clone();
+            let name = names.get(dice.below(names.len().max(1) as u64) as usize)?.clone();
             let request = DeleteRequest { name: name.clone(), options: kept() };
             manager.delete(request).ok().map(|id| (2, id, Some(name)))
         }
@@ -108,10 +97,10 @@ fn merge(manager: &Manager, names: &[String], dice: &mut Dice) -> Option<(usize,
 
 /// Has the manifest forget some snapshots, as nothing that Frazil does would: their layers hold nothing that keeps them
 /// from being merged.
-fn forget_some(bench: &Bench, snapshots: &mut BTreeMap<String, Vec<u8>>, dice: &mut Dice) {
+fn forget_some(bench: &Bench, snapshots: &mut BTreeMap<String, Vec<u8>>, dice: &mut Random) {
     let path = bench.path("state/manifest.json");
     let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    snapshots.retain(|_, _| dice.roll(2) == 0);
+    snapshots.retain(|_, _| dice.below(2) == 0);
     let kept = |one: &serde_json::Value| snapshots.contains_key(one["name"].as_str().unwrap());
     manifest["snapshots"].as_array_mut().unwrap().retain(kept);
     std::fs::write(path, manifest.to_string()).unwrap();
@@ -129,23 +118,23 @@ fn check_snapshots(bench: &Bench, manager: &Manager, snapshots: &BTreeMap<String
 fn rounds(seed: u64, count: usize, counts: &mut Counts) {
     let bench = Bench::new(&["vda"]);
     let mut manager = bench.open();
-    let mut dice = Dice(seed);
+    let mut dice = Random(seed);
     let mut oracle = vec![0; SIZE as usize];
     let mut snapshots: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     for round in 0..count {
-        chain(&manager, "vda").set_connected(dice.roll(3) > 0);
-        for _ in 0..dice.roll(12) {
+        chain(&manager, "vda").set_connected(dice.below(3) > 0);
+        for _ in 0..dice.below(12) {
             change(chain(&manager, "vda"), &mut oracle, &mut dice);
         }
-        if dice.roll(3) > 0 {
+        if dice.below(3) > 0 {
             let name = format!("s{round}");
             snapshot(&manager, &name);
             snapshots.insert(name, oracle.clone());
         }
         let names: Vec<_> = snapshots.keys().cloned().collect();
-        let job = (0..dice.roll(8)).find_map(|_| merge(&manager, &names, &mut dice));
+        let job = (0..dice.below(8)).find_map(|_| merge(&manager, &names, &mut dice));
         // While the job copies, the guest goes on, and so do cuts.
-        for turn in 0..dice.roll(20) {
+        for turn in 0..dice.below(20) {
             change(chain(&manager, "vda"), &mut oracle, &mut dice);
             if turn == 7 {
                 let name = format!("s{round}-mid");
@@ -168,7 +157,7 @@ fn rounds(seed: u64, count: usize, counts: &mut Counts) {
         if round % 3 == 2 {
             check_snapshots(&bench, &manager, &snapshots, &format!("seed {seed}, round {round}"));
         }
-        if dice.roll(3) == 0 {
+        if dice.below(3) == 0 {
             drop(manager);
             forget_some(&bench, &mut snapshots, &mut dice);
             manager = bench.open();
@@ -208,7 +197,7 @@ fn a_guest_that_writes_all_the_time_does_not_notice_deletes() {
     let writer = std::thread::spawn({
         let (manager, oracle, stop) = (Arc::clone(&manager), Arc::clone(&oracle), Arc::clone(&stop));
         move || {
-            let mut dice = Dice(99);
+            let mut dice = Random(99);
             while !stop.load(Ordering::Relaxed) {
                 change(chain(&manager, "vda"), &mut oracle.lock().unwrap(), &mut dice);
                 std::thread::sleep(Duration::from_micros(200));
@@ -572,7 +561,7 @@ fn a_layer_that_grew_for_a_job_that_was_called_off_is_merged_later() {
         (0..4).for_each(|place| stamp(&manager, "vda", SIZE + (place << 20), 4));
         manager.shut_down().unwrap();
         drop(manager);
-        forget_some(&bench, &mut BTreeMap::new(), &mut Dice(1));
+        forget_some(&bench, &mut BTreeMap::new(), &mut Random(1));
         manager = bench.open();
         chain(&manager, "vda").set_connected(true);
         let before = (0..larger >> 12).map(|page| byte(&manager, "vda", page << 12)).collect::<Vec<_>>();

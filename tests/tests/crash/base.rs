@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use frazil_tests::Random;
+use block::testing::Random;
 
 /// Options of `qemu-img create`: tables of new clusters all the time with the smallest ones.
 const KINDS: &[&str] = &[

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use block::testing::Random;
+
 use crate::left::{Judge, Left, inspect};
 use crate::timeline::{Disks, Event, Forget, Timeline};
 use crate::world::{Mark, Named, Snapshot, World};
-use frazil_tests::Random;
 
 /// Steps of a life.
 const STEPS: usize = 40;

@@ -6,11 +6,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::testing::MemStorage;
+use block::testing::{MemStorage, Random};
 use block::{ByteRange, Result, SECTOR, Storage};
 
 use crate::world::Mark;
-use frazil_tests::Random;
 
 /// What happened.
 #[derive(Clone, Debug)]

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use block::testing::{FaultStorage, MemStorage};
+use block::testing::{FaultStorage, MemStorage, Random};
 use block::{
     ByteRange, Disk, FlushStep, Layer, Place, RawDisk, Stack, Storage, blocking, read_disk, write_disk,
 };
@@ -12,7 +12,6 @@ use qcow2::{CreateOptions, Image, Journal, Mode};
 use crate::base;
 use crate::left::{CACHE, parts};
 use crate::timeline::{Forget, Recorded, Timeline};
-use frazil_tests::Random;
 
 /// What holds from some moment on, whatever happens to the power.
 #[derive(Clone, Debug)]
@@ -176,10 +175,10 @@ impl World {
 
     fn change(&mut self) {
         self.begin("write");
-        let (offset, len) = self.range();
+        let range = self.random.range(self.contents.len() as u64);
+        let ByteRange { offset, len } = range;
         let mut next = (*self.contents).clone();
         let place = &mut next[offset as usize..][..len as usize];
-        let range = ByteRange { offset, len };
         match self.random.below(6) {
             0 => {
                 // It may be zero, or as it was, and the next contents say which.
@@ -206,17 +205,6 @@ impl World {
         self.contents = Arc::new(next);
         self.timeline.mark(Mark::Contents(Arc::clone(&self.contents)));
         self.versions += 1;
-    }
-
-    fn range(&mut self) -> (u64, u64) {
-        let capacity = self.contents.len() as u64;
-        let longest = [512, 4096, 20_000, 300_000][self.random.below(4) as usize];
-        let mut offset = self.random.below(capacity);
-        let mut len = 1 + self.random.below(longest);
-        if self.random.one_in(2) {
-            (offset, len) = (offset / 512 * 512, len.next_multiple_of(512));
-        }
-        (offset, len.min(capacity - offset))
     }
 
     /// A guest's flush. What is written while it is under way is no part of it.

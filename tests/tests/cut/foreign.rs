@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use frazil_tests::{Driver, DriverQueue, Random, Request};
+use block::testing::Random;
+use frazil_tests::{Driver, DriverQueue, Request};
 
 use crate::images::{check_clean, qemu_img};
 use crate::ledger::Clock;

@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use frazil_tests::Random;
-
 use crate::images::qemu_img;
+use block::testing::Random;
 
 /// How an image is made: options of `qemu-img create`, what is beneath, and commands of `qemu-io`.
 #[derive(Debug)]

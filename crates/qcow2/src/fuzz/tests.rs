@@ -2,45 +2,35 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use block::testing::Random;
+
 use super::*;
 
 /// How long each target runs here. `make fuzz` runs them longer.
 const TIME: Duration = Duration::from_secs(2);
 
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        // splitmix64
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) as usize % bound.max(1)
-    }
-
-    /// Changes `data` as a fuzzer does: bits, bytes, words, pieces moved, left out, and put in twice.
-    fn mutate(&mut self, data: &mut Vec<u8>) {
-        const VALUES: [u8; 8] = [0, 1, 0x7f, 0x80, 0xff, 2, 8, 0x40];
-        let at = self.below(data.len());
-        match self.below(8) {
-            0 if !data.is_empty() => data[at] ^= 1 << self.below(8),
-            1 | 2 if !data.is_empty() => data[at] = VALUES[self.below(8)],
-            3 if !data.is_empty() => data[at] = self.below(256) as u8,
-            4 => {
-                let end = (at + self.below(9)).min(data.len());
-                data[at.min(end)..end].fill(VALUES[self.below(8)]);
-            }
-            5 => data.truncate(self.below(data.len() + 1)),
-            6 => {
-                let piece: Vec<u8> = data[at..].iter().take(1 + self.below(32)).copied().collect();
-                let to = self.below(data.len() + 1);
-                data.splice(to..to, piece);
-            }
-            _ => data.extend((0..self.below(24)).map(|_| VALUES[self.below(8)]).collect::<Vec<u8>>()),
+/// Changes `data` as a fuzzer does: bits, bytes, words, pieces moved, left out, and put in twice.
+fn mutate(random: &mut Random, data: &mut Vec<u8>) {
+    const VALUES: [u8; 8] = [0, 1, 0x7f, 0x80, 0xff, 2, 8, 0x40];
+    let mut below = |bound: usize| random.below(bound as u64) as usize;
+    let at = below(data.len());
+    match below(8) {
+        0 if !data.is_empty() => data[at] ^= 1 << below(8),
+        1 | 2 if !data.is_empty() => data[at] = VALUES[below(8)],
+        3 if !data.is_empty() => data[at] = below(256) as u8,
+        4 => {
+            let end = (at + below(9)).min(data.len());
+            data[at.min(end)..end].fill(VALUES[below(8)]);
         }
-        data.truncate(1 << 16);
+        5 => data.truncate(below(data.len() + 1)),
+        6 => {
+            let piece: Vec<u8> = data[at..].iter().take(1 + below(32)).copied().collect();
+            let to = below(data.len() + 1);
+            data.splice(to..to, piece);
+        }
+        _ => data.extend((0..below(24)).map(|_| VALUES[below(8)]).collect::<Vec<u8>>()),
     }
+    data.truncate(1 << 16);
 }
 
 fn seeds(name: &str) -> Vec<Vec<u8>> {
@@ -57,8 +47,8 @@ fn drive(name: &str) {
     seeds.iter().for_each(|seed| target(seed));
     let (mut random, began, mut rounds) = (Random(1), Instant::now(), 0_u64);
     while began.elapsed() < TIME {
-        let mut data = seeds[random.below(seeds.len())].clone();
-        (0..=random.below(8)).for_each(|_| random.mutate(&mut data));
+        let mut data = seeds[random.below(seeds.len() as u64) as usize].clone();
+        (0..=random.below(8)).for_each(|_| mutate(&mut random, &mut data));
         let last = data.clone();
         if let Err(panic) = std::panic::catch_unwind(|| target(&data)) {
             eprintln!("{name}, round {rounds}: {last:02x?}");

@@ -1,38 +1,83 @@
-//! What the tests share: random numbers, images with their files, and a checker of the format of its own.
+//! What the tests share: images with their files, and a checker of the format of its own.
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::collections::HashMap;
+use std::fmt::Debug;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 use block::testing::{FaultStorage, MemStorage};
-use block::{Disk, Storage, read_disk};
+use block::{ByteRange, Disk, Storage, read_disk};
+use hostio::{Cache, HostFile, Open};
 use qcow2::{CreateOptions, Header, Image, Journal, Mode, Parts};
 
-/// A small generator (splitmix64): seeds are reproducible, which is all that is asked of it.
-pub(crate) struct Random(pub(crate) u64);
+/// A program of QEMU's, run in `folder`, which succeeds. What it says.
+pub(crate) fn qemu(program: &str, folder: &Path, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).current_dir(folder).output().unwrap();
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {text}");
+    text
+}
 
-impl Random {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+/// An image of QEMU's with clusters of 512 bytes, in `storage`: a refcount block counts 128 KiB, an L2 table maps 32 KiB, so
+/// there are new ones of both all the time.
+pub(crate) fn small_clusters(storage: &dyn Storage, capacity: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let size = capacity.to_string();
+    let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "image", &size];
+    qemu("qemu-img", folder.path(), &create);
+    storage.write_at(&fs::read(folder.path().join("image")).unwrap(), 0).unwrap();
+    storage.sync().unwrap();
+}
+
+pub(crate) fn open_file(path: &Path, writable: bool) -> Arc<dyn Storage> {
+    Arc::new(HostFile::open(path, Open { writable, cache: Cache::Writeback }).unwrap())
+}
+
+/// A storage whose writes, or syncs, may do something else.
+pub(crate) trait Hooked: Send + Sync + Debug {
+    /// What is beneath.
+    fn inner(&self) -> &dyn Storage;
+
+    fn write(&self, buf: &[u8], offset: u64) -> block::Result<()> {
+        self.inner().write_at(buf, offset)
     }
 
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
+    fn sync(&self) -> block::Result<()> {
+        self.inner().sync()
+    }
+}
+
+/// It, as a storage.
+#[derive(Debug, Default)]
+pub(crate) struct Hook<H>(pub(crate) H);
+
+impl<H: Hooked> Storage for Hook<H> {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> block::Result<()> {
+        self.0.inner().read_at(buf, offset)
     }
 
-    /// A range of a disk of `capacity` bytes: mostly small, half of them of whole sectors.
-    pub(crate) fn range(&mut self, capacity: u64) -> (u64, u64) {
-        let longest = [512, 4096, 20_000, 300_000][self.below(4) as usize];
-        let mut offset = self.below(capacity);
-        let mut len = 1 + self.below(longest);
-        if self.below(2) == 0 {
-            (offset, len) = (offset / 512 * 512, len.next_multiple_of(512));
-        }
-        (offset, len.min(capacity - offset))
+    fn write_at(&self, buf: &[u8], offset: u64) -> block::Result<()> {
+        self.0.write(buf, offset)
+    }
+
+    fn sync(&self) -> block::Result<()> {
+        self.0.sync()
+    }
+
+    fn len(&self) -> block::Result<u64> {
+        self.0.inner().len()
+    }
+
+    fn set_len(&self, len: u64) -> block::Result<()> {
+        self.0.inner().set_len(len)
+    }
+
+    fn punch_hole(&self, range: ByteRange) -> block::Result<()> {
+        self.0.inner().punch_hole(range)
     }
 }
 

@@ -1,6 +1,6 @@
-//! Random numbers for tests: the same ones for the same seed.
+use crate::ByteRange;
 
-/// A small generator (splitmix64). Anybody may look into it: the seed is all its state.
+/// A small generator (splitmix64): the same numbers for the same seed. Anybody may look into it: the seed is all its state.
 #[derive(Clone, Copy, Debug)]
 pub struct Random(pub u64);
 
@@ -27,5 +27,16 @@ impl Random {
     /// One of them.
     pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len() as u64) as usize]
+    }
+
+    /// Bytes of a disk of `capacity`, which is not zero: mostly few, half of the time whole sectors.
+    pub fn range(&mut self, capacity: u64) -> ByteRange {
+        let longest = self.pick(&[512, 4096, 20_000, 300_000]);
+        let mut offset = self.below(capacity);
+        let mut len = 1 + self.below(longest);
+        if self.one_in(2) {
+            (offset, len) = (offset / 512 * 512, len.next_multiple_of(512));
+        }
+        ByteRange { offset, len: len.min(capacity - offset) }
     }
 }
