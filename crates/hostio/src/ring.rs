@@ -113,6 +113,11 @@ impl Ring {
         Ok(())
     }
 
+    /// Whether there is a completion to be taken.
+    pub fn has_completions(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
     /// Takes one completion, if there is one.
     pub fn next_completion(&mut self) -> Option<Completion> {
         if self.ring.completion().is_empty() && self.ring.submission().cq_overflow() {
@@ -154,8 +159,13 @@ pub unsafe fn read_cached(fd: BorrowedFd<'_>, iovecs: &[libc::iovec], offset: u6
 /// The memory that the iovecs name is valid during the call.
 pub unsafe fn read_now(fd: BorrowedFd<'_>, iovecs: &[libc::iovec], offset: u64) -> io::Result<u64> {
     let (fd, count, offset) = (fd.as_raw_fd(), c_count(iovecs), offset.cast_signed());
-    // SAFETY: the iovecs are a slice, and the caller answers for what they name.
-    uninterrupted(|| unsafe { libc::preadv(fd, iovecs.as_ptr(), count, offset) })
+    uninterrupted(|| match iovecs {
+        // A list would cost the kernel a copy of it.
+        // SAFETY: the caller answers for what the iovec names.
+        [one] => unsafe { libc::pread(fd, one.iov_base, one.iov_len, offset) },
+        // SAFETY: the iovecs are a slice, and the caller answers for what they name.
+        _ => unsafe { libc::preadv(fd, iovecs.as_ptr(), count, offset) },
+    })
 }
 
 /// Writes from the iovecs at `offset`, and returns how many bytes it took (perhaps fewer than given).
@@ -164,8 +174,12 @@ pub unsafe fn read_now(fd: BorrowedFd<'_>, iovecs: &[libc::iovec], offset: u64) 
 /// The memory that the iovecs name is valid during the call.
 pub unsafe fn write_now(fd: BorrowedFd<'_>, iovecs: &[libc::iovec], offset: u64) -> io::Result<u64> {
     let (fd, count, offset) = (fd.as_raw_fd(), c_count(iovecs), offset.cast_signed());
-    // SAFETY: as for `read_now`.
-    uninterrupted(|| unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, offset) })
+    uninterrupted(|| match iovecs {
+        // SAFETY: as for `read_now`.
+        [one] => unsafe { libc::pwrite(fd, one.iov_base, one.iov_len, offset) },
+        // SAFETY: as for `read_now`.
+        _ => unsafe { libc::pwritev(fd, iovecs.as_ptr(), count, offset) },
+    })
 }
 
 /// Makes a system call that moves bytes, again as long as signals end it early.
@@ -244,18 +258,22 @@ mod tests {
     fn errors_and_short_transfers_are_told() {
         let file: OwnedFd = tempfile::tempfile().unwrap().into();
         let mut bytes = [3; 100];
-        let iovecs = [iovec(&mut bytes)];
-        // SAFETY: the buffer outlives the calls.
-        assert_eq!(unsafe { write_now(file.as_fd(), &iovecs, 0) }.unwrap(), 100);
-        // SAFETY: as above.
-        assert_eq!(unsafe { read_cached(file.as_fd(), &iovecs, 60) }.unwrap_or(40), 40);
-        // SAFETY: as above.
-        assert_eq!(unsafe { read_now(file.as_fd(), &iovecs, 60) }.unwrap(), 40);
-        // SAFETY: as above.
-        assert_eq!(unsafe { read_now(file.as_fd(), &iovecs, 100) }.unwrap(), 0);
+        let whole = [iovec(&mut bytes)];
+        let (head, tail) = bytes.split_at_mut(30);
+        let cut = [iovec(head), iovec(tail)];
+        for iovecs in [&whole[..], &cut[..]] {
+            // SAFETY: the buffer outlives the calls.
+            assert_eq!(unsafe { write_now(file.as_fd(), iovecs, 0) }.unwrap(), 100);
+            // SAFETY: as above.
+            assert_eq!(unsafe { read_cached(file.as_fd(), iovecs, 60) }.unwrap_or(40), 40);
+            // SAFETY: as above.
+            assert_eq!(unsafe { read_now(file.as_fd(), iovecs, 60) }.unwrap(), 40);
+            // SAFETY: as above.
+            assert_eq!(unsafe { read_now(file.as_fd(), iovecs, 100) }.unwrap(), 0);
+        }
         let read_only: OwnedFd = std::fs::File::open("/proc/self/exe").unwrap().into();
         // SAFETY: as above.
-        let error = unsafe { write_now(read_only.as_fd(), &iovecs, 0) }.unwrap_err();
+        let error = unsafe { write_now(read_only.as_fd(), &whole, 0) }.unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBADF));
     }
 }

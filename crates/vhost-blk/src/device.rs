@@ -15,9 +15,10 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 
 use crate::cache::CacheMode;
 use crate::config;
+use crate::queue_state::QueueState;
 use crate::server::DeviceConfig;
 use crate::vring::{SharedMemory, Vring};
-use crate::worker::{Parts, QueueState, Worker};
+use crate::worker::{Parts, Worker};
 
 /// One session's device. The framework has one thread a queue, and calls [`handle_event`](Self::handle_event) on it;
 /// the other methods come from the session's own thread.

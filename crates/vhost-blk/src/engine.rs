@@ -18,82 +18,25 @@
 //!   a host with too much dirty memory makes the worker wait in it.
 #![allow(unsafe_code, reason = "one block: who queues I/O on guest memory promises to leave it alone")]
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use block::{Disk, Error, ErrorKind, Extent, Flush, FlushStep, Result, Source, Storage, WriteGuard};
+use block::{Disk, Error, ErrorKind, Result, Source, Storage};
 use hostio::{Completion, Ring};
-use vm_memory::GuestAddress;
 
 use crate::cache::CacheMode;
 use crate::errors::Errors;
 use crate::guest::GuestBuffer;
 use crate::request::{Op, Status};
+use crate::slot::{Piece, Slot};
+
+mod flush;
 
 /// Bytes of the bounce buffer.
 const SCRATCH: usize = 256 * 1024;
 
 /// Bytes of the answer to a request for the serial (virtio 1.3, section 5.2.6).
 pub(crate) const ID_LEN: usize = 20;
-
-/// One request in flight. Slots are used again, so that a request allocates nothing once its vectors have grown.
-#[derive(Default)]
-pub(crate) struct Slot {
-    pub(crate) op: Option<Op>,
-    /// The chain's first descriptor.
-    pub(crate) head: u16,
-    pub(crate) status_at: Option<GuestAddress>,
-    pub(crate) buffer: GuestBuffer,
-    /// How it ended.
-    pub(crate) status: Status,
-    /// Bytes written to the chain's data.
-    pub(crate) written: u32,
-    /// How often it was tried after it had been parked.
-    pub(crate) tries: u32,
-    extents: Vec<Extent>,
-    pieces: Vec<Piece>,
-    /// Operations in the ring.
-    pending: u32,
-    failed: Option<Error>,
-    guard: Option<WriteGuard>,
-    flush: Option<Box<dyn Flush>>,
-    syncs: Vec<Arc<dyn Storage>>,
-}
-
-/// What is left to move of one extent.
-#[derive(Debug)]
-struct Piece {
-    iovecs: Range<usize>,
-    /// Offset in the extent's file.
-    offset: u64,
-    left: u64,
-}
-
-impl Slot {
-    /// Lets go of everything that the request held, but for the room in its vectors.
-    pub(crate) fn clear(&mut self) {
-        debug_assert_eq!(self.pending, 0, "the kernel still has operations on this buffer");
-        self.buffer.clear();
-        self.extents.clear();
-        self.pieces.clear();
-        (self.op, self.failed, self.guard, self.flush) = (None, None, None, None);
-        self.syncs.clear();
-        self.tries = 0;
-    }
-
-    /// Lets go of everything of the disk's, so that the request can be begun anew, and nobody waits for it meanwhile.
-    pub(crate) fn park(&mut self) {
-        debug_assert_eq!(self.pending, 0, "the kernel still has operations on this buffer");
-        self.buffer.rewind();
-        (self.extents, self.pieces, self.syncs) = (Vec::new(), Vec::new(), Vec::new());
-        (self.failed, self.guard, self.flush) = (None, None, None);
-    }
-
-    fn fail(&mut self, error: Error) {
-        self.failed.get_or_insert(error);
-    }
-}
 
 /// A worker's means. Slots are named by their index.
 pub(crate) struct Engine {
@@ -136,7 +79,27 @@ impl Engine {
         }
     }
 
-    /// Begins, or asks the disk again for, what `slot.op` says.
+    /// Begins what was popped.
+    ///
+    /// All reads are resolved before the first byte is moved: moving bytes pushes what resolving looks at out of the
+    /// processor's caches. Not the writes, for a write that is resolved may make others wait for it.
+    pub(crate) fn begin_all(&mut self, popped: &mut Vec<u16>, slots: &mut [Slot]) {
+        for index in &*popped {
+            if let Some(slot) = slots.get_mut(usize::from(*index))
+                && let Some(Op::Read(range)) = slot.op
+                && let Err(error) = self.disk.resolve_read(range, &mut slot.extents)
+            {
+                slot.fail(error);
+            }
+        }
+        for index in popped.drain(..) {
+            if let Some(slot) = slots.get_mut(usize::from(index)) {
+                self.begin(index, slot);
+            }
+        }
+    }
+
+    /// Begins, or asks the disk again for, what `slot.op` says. A read has been resolved.
     pub(crate) fn begin(&mut self, index: u16, slot: &mut Slot) {
         match slot.op.unwrap_or(Op::Refuse(Status::IoError)) {
             Op::Refuse(status) => self.finish(index, slot, status),
@@ -145,10 +108,7 @@ impl Engine {
                 slot.written = copied as u32;
                 self.finish(index, slot, Status::Ok);
             }
-            Op::Read(range) => match self.disk.resolve_read(range, &mut slot.extents) {
-                Ok(()) => self.transfer(index, slot, range.len),
-                Err(error) => self.fail(index, slot, error),
-            },
+            Op::Read(range) => self.transfer(index, slot, range.len),
             Op::Write(range) => {
                 slot.extents.clear();
                 match self.disk.resolve_write(range, &self.waker, &mut slot.extents) {
@@ -200,6 +160,11 @@ impl Engine {
             }
         }
         any
+    }
+
+    /// Whether operations have ended in the ring.
+    pub(crate) fn has_completions(&mut self) -> bool {
+        self.ring.has_completions()
     }
 
     /// Submits what the requests have queued.
@@ -345,56 +310,6 @@ impl Engine {
         }
     }
 
-    fn begin_flush(&mut self, index: u16, slot: &mut Slot) {
-        slot.flush = Some(self.disk.flush());
-        self.step_flush(index, slot, Ok(()));
-    }
-
-    fn step_flush(&mut self, index: u16, slot: &mut Slot, mut last: Result<()>) {
-        loop {
-            let Some(flush) = &mut slot.flush else { return };
-            // After a failed sync no later one could be trusted, so none is tried.
-            let lost = last.is_err();
-            match flush.step(last, &self.waker) {
-                Poll::Pending => return self.deferred.push(index),
-                Poll::Ready(Err(error)) if lost => return self.report(index, slot, &error),
-                Poll::Ready(Err(error)) => return self.fail(index, slot, error),
-                Poll::Ready(Ok(FlushStep::Done)) => return self.finish(index, slot, Status::Ok),
-                Poll::Ready(Ok(FlushStep::Sync(storages))) => slot.syncs = storages,
-            }
-            last = self.begin_syncs(index, slot);
-            if slot.pending > 0 {
-                // Told with the others when the last one has ended.
-                if let Err(error) = last {
-                    slot.fail(error);
-                }
-                return;
-            }
-        }
-    }
-
-    /// Begins the syncs that the ring can do, does the others.
-    fn begin_syncs(&mut self, index: u16, slot: &mut Slot) -> Result<()> {
-        let mut result = Ok(());
-        for (part, storage) in slot.syncs.iter().enumerate() {
-            match storage.fd().map(|fd| self.ring.sync_data(fd, tag(index, part))) {
-                Some(Ok(())) => slot.pending += 1,
-                _ => result = result.and(storage.sync()),
-            }
-        }
-        result
-    }
-
-    fn synced(&mut self, index: u16, slot: &mut Slot, completion: Completion) {
-        if let Err(error) = completion.result {
-            slot.fail(error.into());
-        }
-        if slot.pending == 0 {
-            let last = slot.failed.take().map_or(Ok(()), Err);
-            self.step_flush(index, slot, last);
-        }
-    }
-
     /// The request failed: it is answered or parked.
     fn fail(&mut self, index: u16, slot: &mut Slot, error: Error) {
         if self.errors.parks(slot.op.as_ref(), &error) {
@@ -422,19 +337,6 @@ impl Engine {
             slot.written = 0;
         }
         self.finished.push(index);
-    }
-}
-
-impl Piece {
-    fn advance(&mut self, buffer: &mut GuestBuffer, done: u64) {
-        let done = done.min(self.left);
-        self.iovecs = buffer.advance(self.iovecs.clone(), done);
-        self.offset += done;
-        self.left -= done;
-    }
-
-    fn no_bytes(&self) -> Error {
-        Error::new(ErrorKind::Io, format!("the file ends at or before {}", self.offset))
     }
 }
 

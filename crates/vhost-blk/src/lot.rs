@@ -17,7 +17,7 @@ use block::{Bay, Context, ErrorKind, Result};
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::config::MAX_QUEUE_SIZE;
-use crate::engine::Slot;
+use crate::slot::Slot;
 
 /// The time between two tries.
 const EVERY: Duration = Duration::from_secs(1);

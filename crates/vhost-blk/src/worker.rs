@@ -14,8 +14,8 @@
 use std::num::Wrapping;
 use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 
 use block::{Beat, Disk, Gate, Lane, Parking, Pulse, Result};
 use hostio::Ring;
@@ -25,14 +25,15 @@ use vm_memory::{Bytes, GuestAddressSpace, Permissions};
 
 use crate::cache::CacheMode;
 use crate::complaint::Complaints;
-use crate::engine::{Engine, ID_LEN, Slot};
+use crate::engine::{Engine, ID_LEN};
 use crate::errors::{Errors, OnFailure};
 use crate::guest::{Hold, Memory};
 use crate::lot::Lot;
 use crate::patience::Patience;
+use crate::queue_state::QueueState;
 use crate::request::{Op, Request, Segments, Status};
+use crate::slot::Slot;
 use crate::vring::{SharedMemory, Vring};
-use crate::wake::Bell;
 
 /// Requests in flight of one queue. What a driver offers beyond them waits in its ring.
 const SLOTS: u16 = 256;
@@ -48,93 +49,6 @@ const ROUNDS: usize = 64;
 
 /// Entries of the io_uring; a request that needs more submits early.
 const RING_ENTRIES: u32 = 128;
-
-/// What of a worker the session's thread may look at.
-#[derive(Debug)]
-pub(crate) struct QueueState {
-    pub(crate) bell: Arc<Bell>,
-    /// Requests popped whose used ring entries are not yet written.
-    in_flight: AtomicUsize,
-    /// Take no more requests, for good.
-    closing: AtomicBool,
-    /// The worker has seen `closing`, and nothing is in flight.
-    closed: Mutex<bool>,
-    idle: Condvar,
-    /// How many wait for `idle`: telling nobody would still cost a system call.
-    waiting: AtomicUsize,
-}
-
-impl QueueState {
-    pub(crate) fn new() -> Result<Self> {
-        Ok(Self {
-            bell: Arc::new(Bell::new()?),
-            in_flight: AtomicUsize::new(0),
-            closing: AtomicBool::new(false),
-            closed: Mutex::new(false),
-            idle: Condvar::new(),
-            waiting: AtomicUsize::new(0),
-        })
-    }
-
-    /// Waits until what was popped has been answered. The caller has made sure that no more is popped: the vring is
-    /// not ready. Requests in flight always end, so this does too, also while the gate is closed: those that are parked
-    /// are answered with an error.
-    pub(crate) fn wait_idle(&self) {
-        // Before the look at what is in flight: either this sees it at zero, or who brings it there sees this.
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        if self.in_flight.load(Ordering::SeqCst) != 0 {
-            self.bell.ring();
-        }
-        let mut closed = self.lock();
-        while self.in_flight.load(Ordering::SeqCst) != 0 {
-            closed = self.idle.wait(closed).unwrap_or_else(PoisonError::into_inner);
-        }
-        self.waiting.fetch_sub(1, Ordering::SeqCst);
-    }
-
-    /// Asks the worker to take no more requests.
-    pub(crate) fn close(&self) {
-        self.closing.store(true, Ordering::SeqCst);
-        self.bell.ring();
-    }
-
-    /// Waits until the worker has closed.
-    pub(crate) fn wait_closed(&self) {
-        let mut closed = self.lock();
-        while !*closed {
-            closed = self.idle.wait(closed).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, bool> {
-        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::SeqCst)
-    }
-
-    /// Whether somebody waits for what is in flight, so that nothing may stay parked.
-    fn is_stopping(&self) -> bool {
-        self.is_closing() || self.waiting.load(Ordering::SeqCst) != 0
-    }
-
-    fn answered(&self, count: usize) {
-        let left = self.in_flight.fetch_sub(count, Ordering::SeqCst) - count;
-        if left == 0 && self.waiting.load(Ordering::SeqCst) != 0 {
-            // The lock orders this with a waiter that has looked but not yet slept.
-            drop(self.lock());
-            self.idle.notify_all();
-        }
-    }
-
-    fn rest(&self) {
-        if self.is_closing() && self.in_flight.load(Ordering::SeqCst) == 0 {
-            *self.lock() = true;
-            self.idle.notify_all();
-        }
-    }
-}
 
 /// What a worker is made of.
 pub(crate) struct Parts {
@@ -172,7 +86,10 @@ pub(crate) struct Worker {
     /// Popped in this round, and not yet begun.
     popped: Vec<u16>,
     segments: Segments,
-    patience: Patience,
+    /// Before a rest with nothing in flight.
+    idle: Patience,
+    /// Before a rest with requests in flight.
+    busy: Patience,
     lane: Lane,
     beat: Beat,
     lot: Lot,
@@ -200,7 +117,8 @@ impl Worker {
             free: (0..SLOTS).rev().collect(),
             popped: Vec::with_capacity(BATCH),
             segments: Segments::default(),
-            patience: Patience::default(),
+            idle: Patience::default(),
+            busy: Patience::default(),
             lot: Lot::new(parts.parking.bay(waker.clone()))?,
             lane: parts.gate.lane(waker),
             beat: parts.pulse.beat(),
@@ -233,7 +151,7 @@ impl Worker {
             }
             busy |= self.lot.len() > 0 && self.unpark(vring);
             let popped = self.pop(vring);
-            self.begin();
+            self.engine.begin_all(&mut self.popped, &mut self.slots);
             if let Err(error) = self.engine.submit() {
                 self.complaints.ring("could not submit, trying again", &error);
                 self.state.bell.ring();
@@ -303,7 +221,7 @@ impl Worker {
             self.popped.push(index);
         }
         // Before the lock is let go: a ring that is stopped after it finds all that was popped.
-        self.state.in_flight.fetch_add(self.popped.len(), Ordering::SeqCst);
+        self.state.popped(self.popped.len());
         match (self.popped.is_empty(), blocked) {
             (false, _) => Popped::Some,
             (true, true) => Popped::Blocked,
@@ -314,14 +232,6 @@ impl Worker {
     fn broken(&mut self, error: &virtio_queue::Error) -> Popped {
         self.complaints.ring("the driver's ring makes no sense", error);
         Popped::Blocked
-    }
-
-    fn begin(&mut self) {
-        for index in self.popped.drain(..) {
-            if let Some(slot) = self.slots.get_mut(usize::from(index)) {
-                self.engine.begin(index, slot);
-            }
-        }
     }
 
     /// Answers the requests that have ended, all with one call; `false` if there were none.
@@ -399,19 +309,22 @@ impl Worker {
         self.state.answered(all.len());
     }
 
-    /// Looks at the ring a little longer; `true` if there is something to do. Not with requests in the engine, for then
-    /// the io_uring wakes the worker anyway.
+    /// Looks a little longer, at the driver's ring and, with requests in flight, for their ends; `true` if there is
+    /// something to do.
     fn linger(&mut self, vring: &Vring) -> bool {
-        let Self { patience, state, hold, lot, .. } = self;
-        state.in_flight.load(Ordering::SeqCst) == lot.len()
-            && patience.wait(|| {
-                let vring = vring.get_ref();
-                let queue = vring.get_queue();
-                let offered = || queue.avail_idx::<Memory>(hold, Ordering::Acquire);
-                let ready = vring.is_enabled() && queue.ready();
-                state.bell.is_rung()
-                    || (ready && offered().is_ok_and(|offered| offered.0 != queue.next_avail()))
-            })
+        let Self { engine, idle, busy, state, hold, lot, .. } = self;
+        // What pays with requests in flight, whose ends wake the worker anyway, says nothing of an empty queue.
+        let in_flight = state.in_flight() > lot.len();
+        let patience = if in_flight { busy } else { idle };
+        patience.wait(|| {
+            let vring = vring.get_ref();
+            let queue = vring.get_queue();
+            let offered = || queue.avail_idx::<Memory>(hold, Ordering::Acquire);
+            let ready = vring.is_enabled() && queue.ready();
+            state.bell.is_rung()
+                || engine.has_completions()
+                || (ready && offered().is_ok_and(|offered| offered.0 != queue.next_avail()))
+        })
     }
 
     /// Asks the driver to kick again; `true` if it has offered something meanwhile. A ring that was stopped since the
