@@ -47,4 +47,8 @@ pub trait Layer: Disk {
 
     /// Where the bytes of [`Place::Data`] are: one file, as long as the layer is open. Whoever has it may keep it.
     fn data(&self) -> Arc<dyn Storage>;
+
+    /// Lets go of what it keeps in memory to answer [`run_at`](Self::run_at) at once. Called by who has walked a part of it and
+    /// keeps the runs: with hundreds of layers, what each of them keeps adds up.
+    fn forget(&self) {}
 }

@@ -1,6 +1,7 @@
 //! The map: what has been found out of a disk's segments, within a bound of memory.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -105,7 +106,7 @@ struct Shard {
     budget: u64,
     /// Bytes that the entries take.
     taken: u64,
-    entries: HashMap<Segment, Entry>,
+    entries: HashMap<Segment, Entry, Spread>,
     /// The clock: every entry once, the next to be looked at first.
     clock: VecDeque<Segment>,
 }
@@ -116,6 +117,36 @@ struct Entry {
     /// Whether anybody has asked since the clock's hand last came by.
     used: AtomicBool,
     runs: Runs,
+}
+
+/// Makes a hash of a segment's number at the price of a multiplication. A guest that picks numbers which meet makes only
+/// its own reads slow, and not many fit a shard.
+#[derive(Clone, Copy, Debug, Default)]
+struct Spread(u64);
+
+impl BuildHasher for Spread {
+    type Hasher = Self;
+
+    fn build_hasher(&self) -> Self {
+        Self(0)
+    }
+}
+
+impl Hasher for Spread {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    /// Both halves of the product, for the table goes by the lowest and the highest bits, and numbers in one shard have
+    /// the lowest in common.
+    fn write_u64(&mut self, number: u64) {
+        let product = u128::from(self.0 ^ number) * 0x9e37_79b9_7f4a_7c15;
+        self.0 = (product as u64) ^ (product >> 64) as u64;
+    }
 }
 
 fn cost(runs: &Runs) -> u64 {

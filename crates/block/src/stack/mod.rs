@@ -29,6 +29,7 @@
 //! - The map takes at most the bytes that were given for it. What was not used for longest goes first, nearly (the
 //!   clock algorithm).
 
+mod layers;
 mod map;
 mod resolve;
 mod runs;
@@ -42,9 +43,8 @@ use std::task::{Poll, Waker};
 
 use arc_swap::ArcSwap;
 
-use crate::{
-    ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Layer, Result, Source, Storage, WriteGuard,
-};
+use crate::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Layer, Result, Source, WriteGuard};
+use layers::Layers;
 use map::{Map, Segment};
 use runs::{Found, Runs};
 
@@ -62,11 +62,7 @@ pub struct Stack(ArcSwap<View>);
 
 /// A list of layers, and the map that belongs to it.
 struct View {
-    /// The base first.
-    layers: Vec<Arc<dyn Layer>>,
-    /// Where the data of each is: with it at hand, a hit touches nothing of the layer itself, which in a long chain would
-    /// be cold memory.
-    data: Vec<Arc<dyn Storage>>,
+    layers: Layers,
     map: Arc<Map>,
 }
 
@@ -77,7 +73,8 @@ impl Stack {
     /// Its capacity is that of the last layer; without layers it is empty. Layers may differ in size: zeroes follow
     /// the end of a shorter one, and what a longer one has past that end is not seen.
     pub fn new(layers: Vec<Arc<dyn Layer>>, cache_bytes: u64) -> Self {
-        Self(ArcSwap::from_pointee(View::new(layers, Arc::new(Map::new(cache_bytes)))))
+        let map = Arc::new(Map::new(cache_bytes));
+        Self(ArcSwap::from_pointee(View { layers: layers.into_iter().collect(), map }))
     }
 
     /// The same with one more layer on top. The map is shared: what either finds out serves both.
@@ -87,8 +84,7 @@ impl Stack {
     #[must_use]
     pub fn with_layer(&self, top: Arc<dyn Layer>) -> Self {
         let view = self.0.load();
-        let layers = view.layers.iter().cloned().chain([top]).collect();
-        Self(ArcSwap::from_pointee(View::new(layers, Arc::clone(&view.map))))
+        Self(ArcSwap::from_pointee(View { layers: view.layers.with(top), map: Arc::clone(&view.map) }))
     }
 
     /// Shows from now on what `other` shows, which reads the same, and shares its map. Reads under way go on with the
@@ -99,18 +95,13 @@ impl Stack {
 
     /// The layers, the base first.
     pub fn layers(&self) -> Vec<Arc<dyn Layer>> {
-        self.0.load().layers.clone()
+        self.0.load().layers.from(0).map(|(_, layer)| Arc::clone(layer)).collect()
     }
 }
 
 impl View {
-    fn new(layers: Vec<Arc<dyn Layer>>, map: Arc<Map>) -> Self {
-        let data = layers.iter().map(|layer| layer.data()).collect();
-        Self { layers, data, map }
-    }
-
     fn capacity(&self) -> u64 {
-        self.layers.last().map_or(0, |top| top.capacity())
+        self.layers.top().map_or(0, |top| top.capacity())
     }
 
     fn check(&self, range: ByteRange) -> Result<()> {
@@ -149,7 +140,7 @@ impl View {
     /// Asks the layers for whole segments, of which `beneath` is what the first `first` of them have, and keeps what they
     /// say.
     fn look_up(&self, first: usize, range: ByteRange, beneath: &Runs) -> Result<Runs> {
-        let runs = resolve::resolve(&self.layers, first, range, beneath)?;
+        let runs = resolve::resolve(&self.layers, first, range, beneath, |layer| layer.forget())?;
         let mut offset = range.offset;
         while offset < range.end() {
             let segment = Segment::at(offset);
@@ -161,7 +152,7 @@ impl View {
 
     /// Asks the layers for no more than this, and keeps nothing.
     fn ask(&self, part: ByteRange) -> Result<Runs> {
-        resolve::resolve(&self.layers, 0, part, &Runs::zeroes(part))
+        resolve::resolve(&self.layers, 0, part, &Runs::zeroes(part), |_| ())
     }
 
     /// The segments about this one of which nothing is known: it costs a layer hardly more to be asked for some than for
@@ -198,10 +189,10 @@ impl View {
         for (range, found) in runs.pieces(part) {
             match (self.stored(range.len, found), found) {
                 (Some(extent), _) => out.push(extent),
-                (None, Found::Packed { layer }) if layer < self.layers.len() => {
-                    self.layers[layer].resolve_read(range, out)?;
+                (None, Found::Packed { layer }) => {
+                    self.layers.get(layer).ok_or_else(unknown)?.resolve_read(range, out)?;
                 }
-                (None, _) => return Err(Error::new(ErrorKind::Corrupt, "a layer that is not in the stack")),
+                (None, _) => return Err(unknown()),
             }
         }
         Ok(())
@@ -212,7 +203,7 @@ impl View {
         match found {
             Found::Zero => Some(Extent { len, source: Source::Zero }),
             Found::Data { layer, offset } => {
-                let storage = Arc::clone(self.data.get(layer)?);
+                let storage = Arc::clone(self.layers.data(layer)?);
                 Some(Extent { len, source: Source::File { storage, offset } })
             }
             Found::Packed { .. } => None,
@@ -242,7 +233,7 @@ impl Disk for Stack {
     }
 
     fn discard_granularity(&self) -> u32 {
-        self.0.load().layers.last().map_or(1, |top| top.discard_granularity())
+        self.0.load().layers.top().map_or(1, |top| top.discard_granularity())
     }
 
     fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<()> {
@@ -280,6 +271,10 @@ impl Disk for Stack {
     }
 }
 
+fn unknown() -> Error {
+    Error::new(ErrorKind::Corrupt, "a layer that is not in the stack")
+}
+
 fn read_only() -> Error {
     Error::new(ErrorKind::ReadOnly, "the layers beneath the active one are not written")
 }
@@ -296,13 +291,5 @@ impl Flush for Nothing {
 impl fmt::Debug for Stack {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Stack").field("layers", &self.0.load().layers.len()).finish_non_exhaustive()
-    }
-}
-
-impl Drop for View {
-    /// From the top down: a layer may hold a stack of those beneath it, and so on. Dropped after the layer above it and
-    /// before those beneath, it is never the last to hold them, so the drops do not nest.
-    fn drop(&mut self) {
-        while self.layers.pop().is_some() {}
     }
 }

@@ -1,24 +1,26 @@
 //! Resolving: asking layers, the newest first, each for what the newer ones lack.
 
-use std::sync::Arc;
-
+use super::layers::Layers;
 use super::runs::{Found, Runs};
 use crate::{ByteRange, Error, ErrorKind, Layer, Place, Result};
 
 /// Where the bytes of `range` are in `layers`. Those before `first` are not asked: `beneath` is what they have, and
-/// covers `range`.
+/// covers `range`. Each layer that was asked is handed to `done` before the next one is.
 pub(super) fn resolve(
-    layers: &[Arc<dyn Layer>],
+    layers: &Layers,
     first: usize,
     range: ByteRange,
     beneath: &Runs,
+    done: impl Fn(&dyn Layer),
 ) -> Result<Runs> {
     let mut search = Search { found: Vec::new(), missing: vec![range] };
-    for (index, layer) in layers.iter().enumerate().skip(first).rev() {
+    for (index, layer) in layers.from(first).rev() {
         if search.missing.is_empty() {
             break;
         }
-        search.ask(index, &**layer)?;
+        let asked = search.ask(index, &**layer);
+        done(&**layer);
+        asked?;
     }
     let Search { mut found, missing } = search;
     found.extend(missing.into_iter().flat_map(|gap| beneath.pieces(gap)));

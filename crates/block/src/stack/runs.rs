@@ -1,11 +1,9 @@
 //! Runs: where the bytes of a part of the disk are, packed.
 
 use crate::ByteRange;
+use list::{List, Run};
 
-/// In the place of a layer: the bytes are zero.
-const NOBODY: u32 = u32::MAX;
-/// In the place of an offset: the bytes are packed. No file is that long.
-const PACKED: u64 = u64::MAX;
+mod list;
 
 /// Where a run of bytes was found.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -18,38 +16,11 @@ pub(super) enum Found {
     Packed { layer: usize },
 }
 
-/// A run in 16 bytes. It ends where the next one begins.
-#[derive(Clone, Copy, Debug)]
-struct Packed {
-    /// Bytes from the start of the list's range.
-    start: u32,
-    layer: u32,
-    offset: u64,
-}
-
-impl Packed {
-    fn new(start: u32, found: Found) -> Self {
-        // A chain of 2^32 layers is longer than any that a process can open.
-        let (layer, offset) = match found {
-            Found::Zero => (NOBODY, 0),
-            Found::Data { layer, offset } => (layer as u32, offset),
-            Found::Packed { layer } => (layer as u32, PACKED),
-        };
-        Self { start, layer, offset }
-    }
-
-    fn found(self) -> Found {
-        match (self.layer, self.offset) {
-            (NOBODY, _) => Found::Zero,
-            (layer, PACKED) => Found::Packed { layer: layer as usize },
-            (layer, offset) => Found::Data { layer: layer as usize, offset },
-        }
-    }
-
-    /// What is found `by` bytes on in this run.
-    fn advanced(self, by: u32) -> Found {
-        match self.found() {
-            Found::Data { layer, offset } => Found::Data { layer, offset: offset + u64::from(by) },
+impl Found {
+    /// What is found `by` bytes on in a run of this.
+    fn advanced(self, by: u32) -> Self {
+        match self {
+            Self::Data { layer, offset } => Self::Data { layer, offset: offset + u64::from(by) },
             other => other,
         }
     }
@@ -59,27 +30,27 @@ impl Packed {
 #[derive(Clone, Debug)]
 pub(super) struct Runs {
     range: ByteRange,
-    list: Box<[Packed]>,
+    list: List,
 }
 
 impl Runs {
     /// All zeroes.
     pub(super) fn zeroes(range: ByteRange) -> Self {
-        Self { range, list: Box::new([Packed::new(0, Found::Zero)]) }
+        Self { range, list: List::new(&[Run { start: 0, found: Found::Zero }]) }
     }
 
     /// Those of `found`, in any order, which make up `range` exactly. What goes on from one to the next is made one.
     pub(super) fn collect(range: ByteRange, mut found: Vec<(ByteRange, Found)>) -> Self {
         found.sort_unstable_by_key(|(run, _)| run.offset);
-        let mut list: Vec<Packed> = Vec::with_capacity(found.len());
+        let mut list: Vec<Run> = Vec::with_capacity(found.len());
         for (run, found) in found {
             let start = (run.offset - range.offset) as u32;
             match list.last() {
-                Some(last) if last.advanced(start - last.start) == found => {}
-                _ => list.push(Packed::new(start, found)),
+                Some(last) if last.found.advanced(start - last.start) == found => {}
+                _ => list.push(Run { start, found }),
             }
         }
-        Self { range, list: list.into_boxed_slice() }
+        Self { range, list: List::new(&list) }
     }
 
     /// What they cover.
@@ -89,7 +60,7 @@ impl Runs {
 
     /// Bytes of memory that they take.
     pub(super) fn memory(&self) -> u64 {
-        size_of_val(&*self.list) as u64
+        self.list.memory()
     }
 
     /// Those of `part`, which lies within the range.
@@ -101,13 +72,16 @@ impl Runs {
     pub(super) fn pieces(&self, part: ByteRange) -> impl Iterator<Item = (ByteRange, Found)> {
         debug_assert!(self.range.intersect(part) == Some(part), "{part:?} is not within {:?}", self.range);
         let (start, end) = (part.offset - self.range.offset, part.end() - self.range.offset);
-        let list = self.list.get(self.find(start)..).unwrap_or_default();
-        let runs = list.iter().enumerate().take_while(move |(_, run)| u64::from(run.start) < end);
-        runs.map(move |(index, run)| {
-            let next = list.get(index + 1).map_or(end, |next| u64::from(next.start).min(end));
+        let mut index = self.find(start);
+        let mut next = self.list.get(index);
+        std::iter::from_fn(move || {
+            let run = next.filter(|run| u64::from(run.start) < end)?;
+            index += 1;
+            next = self.list.get(index);
+            let until = next.map_or(end, |next| u64::from(next.start).min(end));
             let from = u64::from(run.start).max(start);
-            let range = ByteRange { offset: self.range.offset + from, len: next - from };
-            (range, run.advanced((from - u64::from(run.start)) as u32))
+            let range = ByteRange { offset: self.range.offset + from, len: until - from };
+            Some((range, run.found.advanced((from - u64::from(run.start)) as u32)))
         })
     }
 
@@ -117,7 +91,7 @@ impl Runs {
     /// where the run would be then and seldom goes far. To halve the list from its middle would touch one line of cold
     /// memory after the other.
     fn find(&self, at: u64) -> usize {
-        let is_past = |index: usize| self.list.get(index).is_none_or(|run| u64::from(run.start) > at);
+        let is_past = |index: usize| self.list.start(index).is_none_or(|start| u64::from(start) > at);
         let mut low = (at * self.list.len() as u64 / self.range.len.max(1)) as usize;
         let mut step = 1;
         while low > 0 && is_past(low) {
@@ -130,7 +104,11 @@ impl Runs {
             (low, high) = (high, high + step);
             step *= 2;
         }
-        let between = self.list.get(low..high.min(self.list.len())).unwrap_or_default();
-        low + between.partition_point(|run| u64::from(run.start) <= at).saturating_sub(1)
+        // The run at `low` begins at or before the byte, that at `high` past it.
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            if is_past(middle) { high = middle } else { low = middle }
+        }
+        low
     }
 }

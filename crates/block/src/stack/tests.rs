@@ -56,6 +56,8 @@ struct Sheet {
     data: Arc<Pattern>,
     packed: Pattern,
     asked: AtomicUsize,
+    /// How often it was told to forget what it keeps.
+    forgotten: AtomicUsize,
     /// Where it can not be asked.
     failing: Mutex<Option<ByteRange>>,
     /// Its runs are empty.
@@ -71,6 +73,7 @@ impl Sheet {
             data: Arc::new(Pattern(seed)),
             packed: Pattern(!seed),
             asked: AtomicUsize::new(0),
+            forgotten: AtomicUsize::new(0),
             failing: Mutex::default(),
             stuck: AtomicBool::new(false),
             _beneath: None,
@@ -133,6 +136,10 @@ impl Layer for Sheet {
 
     fn data(&self) -> Arc<dyn Storage> {
         Arc::clone(&self.data) as _
+    }
+
+    fn forget(&self) {
+        self.forgotten.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -400,6 +407,10 @@ fn segments_are_looked_up_some_at_a_time() {
         check(&stack, &sheets, ByteRange { offset, len: 512 });
     }
     assert_eq!(sheets[1].asked(), 4, "once for each {AROUND} segments");
+    let forgotten = || sheets.each_ref().map(|sheet| sheet.forgotten.load(Ordering::SeqCst));
+    assert_eq!(forgotten(), [4, 4], "what a layer keeps for one look-up is of no use to another");
+    check(&Stack::new(layers(&sheets), 0), &sheets, ByteRange { offset: 0, len: SEGMENT });
+    assert_eq!(forgotten(), [4, 4], "who keeps no runs comes again");
 }
 
 #[test]
