@@ -29,7 +29,9 @@ pub struct Parts {
     pub data_file: Option<Arc<dyn Storage>>,
     /// What is beneath.
     pub backing: Option<Arc<dyn Disk>>,
-    /// Bytes of RAM for entries of the mapping, 16 for each cluster (so 8 KiB at 128 KiB clusters for 64 MiB of disk).
+    /// Bytes of RAM for entries of the mapping, 16 for each cluster (so 8 KiB at 128 KiB clusters for 64 MiB of disk). With
+    /// 0, an image that is only read keeps a few KiB of what was looked at last until it is told to forget it
+    /// ([`block::Layer::forget`]), and no table.
     pub cache_bytes: u64,
 }
 

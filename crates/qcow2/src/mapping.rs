@@ -3,6 +3,9 @@
 //! An entry is what the newest of these says: a published change that no flush has taken yet, one that a flush has taken
 //! and not made durable, the table on disk. A slice in RAM has all three in it, and each change is made under the lock
 //! of the image's writes, in the change's own map and in the slice if that is here. So a slice may go at any time.
+//!
+//! An image that is only read, and has no room for entries, keeps no L1 table either: there may be hundreds of such images
+//! beneath an active one, whose tables together would be larger than anything that its user allowed.
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
@@ -33,6 +36,16 @@ impl L1Entry {
         (at != 0).then_some(HostOffset(at))
     }
 
+    /// Of eight bytes of an image of `limit` bytes.
+    fn decode(bytes: &[u8], geometry: Geometry, limit: u64) -> Result<Self> {
+        let entry = Self(be64(bytes, 0));
+        let inside = entry.table().is_none_or(|at| geometry.is_aligned(at.0) && at.0 < limit);
+        match entry.0 & !(L1_OFFSET | COPIED) == 0 && inside {
+            true => Ok(entry),
+            false => Err(Error::new(ErrorKind::Corrupt, "an L1 entry points to no L2 table")),
+        }
+    }
+
     /// Whether the table may be written where it is: no snapshot shares it.
     pub(crate) fn is_own(self) -> bool {
         self.0 & COPIED != 0
@@ -42,34 +55,42 @@ impl L1Entry {
 /// The L1 table, as far as flushes have made it durable, and the slices in RAM.
 #[derive(Debug)]
 pub(crate) struct Mapping {
+    /// Empty if it is not kept.
     l1: RwLock<Vec<L1Entry>>,
+    /// Where it is in the file, if it is not kept.
+    unkept: Option<HostOffset>,
     slices: Slices,
 }
 
 impl Mapping {
-    /// Reads and checks the L1 table of a file of `limit` bytes, its last cluster filled up.
+    /// Reads and checks the L1 table of a file of `limit` bytes, its last cluster filled up. It is kept if the image is
+    /// `writable` or there is room for entries at all.
     pub(crate) fn open(
         storage: &dyn Storage,
         geometry: Geometry,
         at: HostOffset,
         limit: u64,
         cache_bytes: u64,
+        writable: bool,
     ) -> Result<Self> {
         let mut bytes = vec![0; geometry.tables() as usize * 8];
         storage.read_at(&mut bytes, at.0).context(|| "read the L1 table")?;
-        let entries = bytes.chunks_exact(8).map(|word| {
-            let entry = L1Entry(be64(word, 0));
-            let inside = entry.table().is_none_or(|at| geometry.is_aligned(at.0) && at.0 < limit);
-            if entry.0 & !(L1_OFFSET | COPIED) != 0 || !inside {
-                return Err(Error::new(ErrorKind::Corrupt, "an L1 entry points to no L2 table"));
-            }
-            Ok(entry)
-        });
-        let l1 = RwLock::new(entries.collect::<Result<Vec<_>>>()?);
-        Ok(Self { l1, slices: Slices::new(geometry, cache_bytes) })
+        let entries = bytes.chunks_exact(8).map(|entry| L1Entry::decode(entry, geometry, limit));
+        let kept = writable || cache_bytes > 0;
+        let l1 = match kept {
+            true => entries.collect::<Result<_>>()?,
+            false => entries.map(|entry| entry.map(|_| ())).collect::<Result<()>>().map(|()| Vec::new())?,
+        };
+        let unkept = (!kept).then_some(at);
+        Ok(Self { l1: RwLock::new(l1), unkept, slices: Slices::new(geometry, cache_bytes) })
     }
 
-    /// The whole L1 table.
+    /// Lets go of all slices.
+    pub(crate) fn forget(&self) {
+        self.slices.clear();
+    }
+
+    /// The whole L1 table, of an image that is being written.
     pub(crate) fn l1(&self) -> RwLockReadGuard<'_, Vec<L1Entry>> {
         self.l1.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -154,7 +175,15 @@ impl Inner {
         let geometry = self.geometry;
         let first = geometry.slice_clusters(slice).start;
         let (table, index) = geometry.position(first);
-        let Some(at) = self.mapping.l1_entry(table)?.table() else { return Ok(None) };
+        let entry = match self.mapping.unkept {
+            None => self.mapping.l1_entry(table)?,
+            Some(l1) => {
+                let mut bytes = [0; 8];
+                self.storage.read_at(&mut bytes, l1.0 + table as u64 * 8).context(|| "read the L1 table")?;
+                L1Entry::decode(&bytes, geometry, self.limit)?
+            }
+        };
+        let Some(at) = entry.table() else { return Ok(None) };
         let at = at.0 + index as u64 * geometry.entry_size();
         let mut bytes = vec![0; (geometry.entries_per_slice() * geometry.entry_size()) as usize];
         self.storage.read_at(&mut bytes, at).context(|| format!("read the L2 table at {at:#x}"))?;

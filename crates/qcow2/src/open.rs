@@ -80,7 +80,7 @@ fn assemble(
 ) -> Result<Image> {
     let Parts { storage, data_file, backing, cache_bytes } = parts;
     let limit = storage.len()?.next_multiple_of(geometry.cluster_size());
-    let mapping = Mapping::open(&*storage, geometry, header.l1, limit, cache_bytes)?;
+    let mapping = Mapping::open(&*storage, geometry, header.l1, limit, cache_bytes, writer.is_some())?;
     let data = data_file.unwrap_or_else(|| Arc::clone(&storage));
     Ok(Image(Arc::new(Inner {
         epochs: Epochs::new(Arc::clone(&data)),

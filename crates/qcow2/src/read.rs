@@ -23,6 +23,13 @@ impl Layer for Image {
     fn data(&self) -> Arc<dyn Storage> {
         Arc::clone(&self.0.data)
     }
+
+    /// Only if nobody writes to it: then its entries are asked for all the time.
+    fn forget(&self) {
+        if self.0.writer.is_none() {
+            self.0.mapping.forget();
+        }
+    }
 }
 
 /// A run of bytes of which the entries say the same.

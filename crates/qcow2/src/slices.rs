@@ -81,6 +81,13 @@ impl Slices {
         }
     }
 
+    /// Lets go of all.
+    pub(crate) fn clear(&self) {
+        for set in &self.sets {
+            set.write().unwrap_or_else(PoisonError::into_inner).slices = Vec::new();
+        }
+    }
+
     /// Keeps slice `number`, in another's place if there is no room.
     pub(crate) fn insert(&self, number: u64, entries: Box<[Entry]>) {
         let Some(mut set) = self.write(number) else { return };
@@ -137,6 +144,8 @@ mod tests {
         (0..9).for_each(|number| none.insert(number, vec![entry(number)].into()));
         assert_eq!(none.look(8, |entries| entries[0]), Some(entry(8)));
         assert!(none.look(7, |_| ()).is_none());
+        none.clear();
+        assert!(none.look(8, |_| ()).is_none());
         assert_eq!(Slices::new(Geometry::new(1 << 20, 16, false), u64::MAX).sets.len(), 1);
     }
 }

@@ -24,7 +24,7 @@ pub(crate) const MAX_PENDING: usize = 16 * 1024;
 
 /// Bytes of its tables that a layer beneath the active one keeps in memory: what is found in it is in the stack's map,
 /// and there may be many layers.
-pub(crate) const FROZEN_TABLE_BYTES: u64 = 16 << 10;
+pub(crate) const FROZEN_TABLE_BYTES: u64 = 0;
 
 /// The same of a layer that a job writes to.
 pub(crate) const JOB_TABLE_BYTES: u64 = 1 << 20;
@@ -392,6 +392,10 @@ impl block::Layer for Layer {
 
     fn data(&self) -> Arc<dyn Storage> {
         self.open.load().layer().data()
+    }
+
+    fn forget(&self) {
+        self.open.load().layer().forget();
     }
 }
 
