@@ -133,7 +133,7 @@ fn open_plain(path: &Path, options: &mut OpenOptions) -> Result<File> {
     if !metadata.file_type().is_block_device() && !metadata.is_file() {
         return Err(Error::new(ErrorKind::InvalidInput, "neither a regular file nor a block device"));
     }
-    block_on_io(&file)?;
+    settle_flags(&file)?;
     Ok(file)
 }
 
@@ -163,15 +163,21 @@ fn open_direct(path: &Path, writable: bool, expected: &std::fs::Metadata) -> Res
         || "open past the page cache (the file system may not support O_DIRECT: use cache=writeback)",
     )?;
     refuse_other(&file.metadata()?, expected)?;
-    block_on_io(&file)?;
+    settle_flags(&file)?;
     Ok(file)
 }
 
 /// Takes away the `O_NONBLOCK` that was for opening. With it, io_uring answers `EAGAIN` where it would hand the I/O to
 /// a thread: on devices beneath that can not say whether they would wait (md, older dm).
-fn block_on_io(file: &File) -> Result<()> {
-    let flags = fcntl_getfl(file).map_err(std::io::Error::from)?;
-    fcntl_setfl(file, flags - OFlags::NONBLOCK).map_err(std::io::Error::from)?;
+///
+/// And has the kernel note no times of access, where it lets us: it would look at the file's inode for each read, and in a
+/// long chain that is one that no processor's cache has.
+fn settle_flags(file: &File) -> Result<()> {
+    let flags = fcntl_getfl(file).map_err(std::io::Error::from)? - OFlags::NONBLOCK;
+    // Only a file's owner may ask for this.
+    fcntl_setfl(file, flags | OFlags::NOATIME)
+        .or_else(|_| fcntl_setfl(file, flags))
+        .map_err(std::io::Error::from)?;
     Ok(())
 }
 
