@@ -206,7 +206,7 @@ fn header_of(image: &Path, storage: &dyn Storage) -> Result<Header> {
 
 /// Opens the images, the lowest of which comes last, each over those beneath it.
 fn open_chain(chain: Vec<Found>) -> Result<Vec<Arc<dyn Layer>>> {
-    let mut stack = Stack::new(Vec::new(), 0);
+    let mut stack = Arc::new(Stack::new(Vec::new(), 0));
     for Found { path, file, format, data_file } in chain.into_iter().rev() {
         let layer: Arc<dyn Layer> = match format {
             Format::Raw => Arc::new(RawDisk::new(file, true)?),
@@ -214,14 +214,14 @@ fn open_chain(chain: Vec<Found>) -> Result<Vec<Arc<dyn Layer>>> {
                 let parts = Parts {
                     storage: file,
                     data_file: data_file.map(|file| file as _),
-                    backing: Some(Arc::new(Stack::new(stack.layers(), 0))),
+                    backing: Some(Arc::clone(&stack) as _),
                     cache_bytes: FROZEN_TABLE_BYTES,
                 };
                 let image = Image::open(parts, Mode::ReadOnly);
                 Arc::new(image.context(|| format!("open {}", path.display()))?)
             }
         };
-        stack = stack.with_layer(layer);
+        stack = Arc::new(stack.with_layer(layer));
     }
     Ok(stack.layers())
 }

@@ -2,7 +2,7 @@
 
 use super::layers::Layers;
 use super::runs::{Found, Runs};
-use crate::{ByteRange, Error, ErrorKind, Layer, Place, Result};
+use crate::{ByteRange, Error, ErrorKind, Layer, Place, Result, Run};
 
 /// Where the bytes of `range` are in `layers`. Those before `first` are not asked: `beneath` is what they have, and
 /// covers `range`. Each layer that was asked is handed to `done` before the next one is.
@@ -36,11 +36,27 @@ struct Search {
 
 impl Search {
     /// Looks for what is missing in one more layer.
+    ///
+    /// A run is asked for as far as anything is missing, not to the end of a gap: deep in a chain there may be thousands of
+    /// gaps, and most layers have nothing for all of them.
     fn ask(&mut self, index: usize, layer: &dyn Layer) -> Result<()> {
         let capacity = layer.capacity();
-        for gap in std::mem::take(&mut self.missing) {
+        let gaps = std::mem::take(&mut self.missing);
+        let end = gaps.last().map_or(0, ByteRange::end).min(capacity);
+        let mut run = Run { range: ByteRange { offset: 0, len: 0 }, place: Place::Absent };
+        for gap in gaps {
             let inside = capacity.saturating_sub(gap.offset).min(gap.len);
-            self.walk(index, layer, ByteRange { len: inside, ..gap })?;
+            let mut rest = ByteRange { len: inside, ..gap };
+            while rest.len > 0 {
+                if run.range.end() <= rest.offset {
+                    // What can not be looked up may be where nothing is missing.
+                    let far = ByteRange { len: end - rest.offset, ..rest };
+                    run = run_at(layer, far).or_else(|_| run_at(layer, rest))?;
+                }
+                let len = rest.len.min(run.range.end() - rest.offset);
+                self.add(index, ByteRange { len, ..rest }, run);
+                rest = ByteRange { offset: rest.offset + len, len: rest.len - len };
+            }
             if inside < gap.len {
                 // Whatever is beneath: the layer ends here, and zeroes follow.
                 let past = ByteRange { offset: gap.offset + inside, len: gap.len - inside };
@@ -50,24 +66,17 @@ impl Search {
         Ok(())
     }
 
-    fn walk(&mut self, index: usize, layer: &dyn Layer, gap: ByteRange) -> Result<()> {
-        let mut rest = gap;
-        while rest.len > 0 {
-            let run = layer.run_at(rest)?;
-            let len = run.range.len;
-            if run.range.offset != rest.offset || len == 0 || len > rest.len {
-                // A walk that does not get on would never end.
-                return Err(Error::new(ErrorKind::Corrupt, "a layer's run is not where it was asked for"));
+    /// Adds `part` of a run of the layer with this index.
+    fn add(&mut self, index: usize, part: ByteRange, run: Run) {
+        match run.place {
+            Place::Absent => self.miss(part),
+            Place::Zero => self.found.push((part, Found::Zero)),
+            Place::Data(offset) => {
+                let offset = offset + (part.offset - run.range.offset);
+                self.found.push((part, Found::Data { layer: index, offset }));
             }
-            match run.place {
-                Place::Absent => self.miss(run.range),
-                Place::Zero => self.found.push((run.range, Found::Zero)),
-                Place::Data(offset) => self.found.push((run.range, Found::Data { layer: index, offset })),
-                Place::Packed => self.found.push((run.range, Found::Packed { layer: index })),
-            }
-            rest = ByteRange { offset: rest.offset + len, len: rest.len - len };
+            Place::Packed => self.found.push((part, Found::Packed { layer: index })),
         }
-        Ok(())
     }
 
     fn miss(&mut self, range: ByteRange) {
@@ -75,5 +84,15 @@ impl Search {
             Some(last) if last.end() == range.offset => last.len += range.len,
             _ => self.missing.push(range),
         }
+    }
+}
+
+/// The layer's run at the start of `range`.
+fn run_at(layer: &dyn Layer, range: ByteRange) -> Result<Run> {
+    let run = layer.run_at(range)?;
+    match run.range.offset == range.offset && (1..=range.len).contains(&run.range.len) {
+        true => Ok(run),
+        // A walk that does not get on would never end.
+        false => Err(Error::new(ErrorKind::Corrupt, "a layer's run is not where it was asked for")),
     }
 }

@@ -366,6 +366,20 @@ fn nobody_is_asked_for_what_a_newer_layer_has() {
 }
 
 #[test]
+fn gaps_that_a_run_spans_are_asked_for_together_if_all_of_it_can_be() {
+    let crumbs = [(4096, Kind::Data, 0), (4096, Kind::Absent, 0)].repeat((WHOLE.len / 8192) as usize);
+    let sheets = [
+        Sheet::plain(1, WHOLE.len, Place::Data(0)),
+        Sheet::plain(2, WHOLE.len, Place::Absent),
+        Sheet::spread(3, &crumbs),
+    ];
+    check(&Stack::new(layers(&sheets), 1 << 20), &sheets, WHOLE);
+    assert_eq!(sheets[1].asked(), 1);
+    *sheets[1].failing.lock().unwrap() = Some(ByteRange { offset: 8192, len: 4096 });
+    check(&Stack::new(layers(&sheets), 1 << 20), &sheets, WHOLE);
+}
+
+#[test]
 fn what_lies_past_a_shorter_layer_is_zero_and_a_longer_one_beneath_is_cut_off() {
     let sheets = [
         Sheet::plain(1, 9000, Place::Data(0)),
