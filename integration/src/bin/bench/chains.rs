@@ -1,5 +1,8 @@
 //! What the length of a chain costs: random reads over up to 500 layers, against a raw disk and against
 //! qemu-storage-daemon over the same files; how long the chain takes to open, and what memory it takes.
+//!
+//! Two kinds of chains: of a busy disk, most of which is in crumbs of one block after 500 layers, and of a quiet one, most
+//! of which is still in its base.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -9,7 +12,7 @@ use std::time::{Duration, Instant};
 use block::{Disk, Storage, write_disk};
 use comfy_table::Table;
 use frazil_integration::{Context, Error, Process, Result, Scratch, program};
-use frazil_tests::{Load, Measured};
+use frazil_tests::{Load, Measured, Random};
 use hostio::{Cache, HostFile};
 use qcow2::{CreateOptions, Image as Qcow2, Journal, Mode, Parts};
 use serde_json::{Value, json};
@@ -25,30 +28,46 @@ const LOOKED_UP: u64 = 2 << 20;
 const LOAD: Load = Load { write: false, block: BLOCK as usize, depth: 32 };
 const BLOCK: u64 = 4096;
 const DISK_BYTES: u64 = 256 << 20;
-/// Blocks that each layer holds, in crumbs all over the disk.
-const BLOCKS: u64 = 128;
-/// Overlays above the raw base, and the memory that the daemon may use to know where the bytes are.
-const CHAINS: [(usize, &str); 6] =
-    [(0, "64M"), (1, "64M"), (20, "64M"), (100, "64M"), (500, "64M"), (500, "2M")];
-/// Those that the other one is asked for too; it takes too long over the others.
-const PEER_DEPTHS: [usize; 3] = [0, 20, 100];
+/// Chains that are alike but for their length.
+struct Kind {
+    /// Blocks that each layer holds, in crumbs all over the disk.
+    blocks: u64,
+    /// Overlays above the raw base, and the memory that the daemon may use to know where the bytes are.
+    chains: &'static [(usize, &'static str)],
+    /// Overlays of those that the other one is asked for too; it takes too long over the others.
+    peers: &'static [usize],
+}
+
+const KINDS: [Kind; 2] = [
+    Kind {
+        blocks: 128,
+        chains: &[(0, "64M"), (1, "64M"), (20, "64M"), (100, "64M"), (500, "64M"), (500, "2M")],
+        peers: &[0, 20, 100],
+    },
+    Kind { blocks: 8, chains: &[(20, "64M"), (100, "64M"), (500, "64M"), (500, "2M")], peers: &[20, 100] },
+];
 
 pub(crate) fn measure(folder: &Path) -> Result<Tables> {
     Scratch::with_in(folder, "chains", |scratch| {
-        let images = make_images(scratch)?;
-        let settings = Settings::best(scratch, image(&images, 0)?)?;
-        let raw = Ours::start(scratch, "raw", image(&images, 0)?, "64M")?;
+        let base = scratch.path("base.raw");
+        std::fs::write(&base, vec![0xa5; DISK_BYTES as usize]).context(base.display())?;
+        let settings = Settings::best(scratch, &base)?;
+        let raw = Ours::start(scratch, "raw", &base, "64M")?;
         let mut rows = Rows { table: header(), figures: Vec::new() };
-        for (depth, cache) in CHAINS {
-            let ours = Ours::start(scratch, &format!("{depth}-{cache}"), image(&images, depth)?, cache)?;
-            let peer = match PEER_DEPTHS.contains(&depth) {
-                true => {
-                    let chain = images.get(..=depth).unwrap_or_default();
-                    Some(Peer::start(scratch, settings, image(&images, 0)?, &Image::Chain(chain))?)
-                }
-                false => None,
-            };
-            rows.compare(depth, cache, &raw, &ours, peer.as_ref())?;
+        for kind in &KINDS {
+            let images = kind.make_images(scratch, &base)?;
+            for &(depth, cache) in kind.chains {
+                let name = format!("{}-{depth}-{cache}", kind.blocks);
+                let ours = Ours::start(scratch, &name, image(&images, depth)?, cache)?;
+                let peer = match kind.peers.contains(&depth) {
+                    true => {
+                        let chain = images.get(..=depth).unwrap_or_default();
+                        Some(Peer::start(scratch, settings, &base, &Image::Chain(chain))?)
+                    }
+                    false => None,
+                };
+                rows.compare((kind.blocks, depth, cache), &raw, &ours, peer.as_ref())?;
+            }
         }
         Ok((rows.table, json!({ "qemu-storage-daemon": settings.name(), "rows": rows.figures })))
     })
@@ -58,35 +77,36 @@ fn image(images: &[PathBuf], depth: usize) -> Result<&Path> {
     images.get(depth).map(PathBuf::as_path).ok_or_else(|| Error::new("a chain that was not made"))
 }
 
-/// A raw base that is all data, and overlays above it that each have some.
-fn make_images(scratch: &Scratch) -> Result<Vec<PathBuf>> {
-    let base = scratch.path("base.raw");
-    std::fs::write(&base, vec![0xa5; DISK_BYTES as usize]).context(base.display())?;
-    let journal = ["a", "b"].map(|half| HostFile::create(&scratch.path(half), Cache::Writeback));
-    let [a, b] = journal.map(|half| half.map(|file| Arc::new(file) as Arc<dyn Storage>));
-    let (a, b) = (a.map_err(failed)?, b.map_err(failed)?);
-    let mut images = vec![base];
-    let mut place = 1_u64;
-    for depth in 1..=CHAINS.iter().map(|(depth, _)| *depth).max().unwrap_or(0) {
-        let path = scratch.path(&format!("overlay-{depth:03}.qcow2"));
-        let format = if depth == 1 { "raw" } else { "qcow2" };
-        let beneath = images.last().map(|beneath| (beneath.display().to_string(), format.to_owned()));
-        let fill = || -> block::Result<()> {
-            let file = HostFile::create(&path, Cache::Writeback)?;
-            qcow2::create(&file, &CreateOptions::overlay(DISK_BYTES, beneath))?;
-            let journal = Journal::create(Arc::clone(&a), Arc::clone(&b), "none")?;
-            let image = Qcow2::open(Parts::new(Arc::new(file), None), Mode::Writable(journal))?;
-            for _ in 0..BLOCKS {
-                place = place.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                let offset = (place >> 33) % (DISK_BYTES / BLOCK) * BLOCK;
-                write_disk(&image, offset, &[depth as u8; BLOCK as usize])?;
-            }
-            image.flush().run()
-        };
-        fill().map_err(failed)?;
-        images.push(path);
+impl Kind {
+    /// The base, and overlays above it that each have some blocks.
+    fn make_images(&self, scratch: &Scratch, base: &Path) -> Result<Vec<PathBuf>> {
+        let Self { blocks, chains, .. } = self;
+        let journal = ["a", "b"]
+            .map(|half| HostFile::create(&scratch.path(&format!("{blocks}.{half}")), Cache::Writeback));
+        let [a, b] = journal.map(|half| half.map(|file| Arc::new(file) as Arc<dyn Storage>));
+        let (a, b) = (a.map_err(failed)?, b.map_err(failed)?);
+        let mut images = vec![base.to_owned()];
+        let mut random = Random(1);
+        for depth in 1..=chains.iter().map(|(depth, _)| *depth).max().unwrap_or(0) {
+            let path = scratch.path(&format!("overlay-{blocks}-{depth:03}.qcow2"));
+            let format = if depth == 1 { "raw" } else { "qcow2" };
+            let beneath = images.last().map(|beneath| (beneath.display().to_string(), format.to_owned()));
+            let fill = || -> block::Result<()> {
+                let file = HostFile::create(&path, Cache::Writeback)?;
+                qcow2::create(&file, &CreateOptions::overlay(DISK_BYTES, beneath))?;
+                let journal = Journal::create(Arc::clone(&a), Arc::clone(&b), "none")?;
+                let image = Qcow2::open(Parts::new(Arc::new(file), None), Mode::Writable(journal))?;
+                for _ in 0..*blocks {
+                    let offset = random.number() % (DISK_BYTES / BLOCK) * BLOCK;
+                    write_disk(&image, offset, &[depth as u8; BLOCK as usize])?;
+                }
+                image.flush().run()
+            };
+            fill().map_err(failed)?;
+            images.push(path);
+        }
+        Ok(images)
     }
-    Ok(images)
 }
 
 fn failed(error: block::Error) -> Error {
@@ -137,7 +157,19 @@ fn memory(process: &Process) -> Result<f64> {
 }
 
 fn header() -> Table {
-    table(["OVERLAYS", "CACHE", "", "IOPS", "P50 µs", "P99 µs", "CPU µs/REQ", "TO RAW", "OPENED ms", "MiB"])
+    table([
+        "BLOCKS EACH",
+        "OVERLAYS",
+        "CACHE",
+        "",
+        "IOPS",
+        "P50 µs",
+        "P99 µs",
+        "CPU µs/REQ",
+        "TO RAW",
+        "OPENED ms",
+        "MiB",
+    ])
 }
 
 struct Rows {
@@ -149,8 +181,7 @@ impl Rows {
     /// Runs them all in turns. What they cost is told as a ratio to the raw disk in the same round.
     fn compare(
         &mut self,
-        depth: usize,
-        cache: &str,
+        (blocks, depth, cache): (u64, usize, &str),
         raw: &Ours,
         ours: &Ours,
         peer: Option<&Peer>,
@@ -168,16 +199,21 @@ impl Rows {
             of_ours.push((run.cpu_us / base, run));
             of_theirs.extend(theirs()?.map(|run| (run.cpu_us / base, run)));
         }
-        self.add((depth, cache, "frazil"), &of_ours, ours.opened, memory(&ours.process)?);
+        self.add((blocks, depth, cache, "frazil"), &of_ours, ours.opened, memory(&ours.process)?);
         if let Some(peer) = peer {
-            self.add((depth, "", "qemu-storage-daemon"), &of_theirs, peer.opened(), memory(peer.process())?);
+            self.add(
+                (blocks, depth, "", "qemu-storage-daemon"),
+                &of_theirs,
+                peer.opened(),
+                memory(peer.process())?,
+            );
         }
         Ok(())
     }
 
     fn add(
         &mut self,
-        (depth, cache, server): (usize, &str, &str),
+        (blocks, depth, cache, server): (u64, usize, &str, &str),
         runs: &[(f64, Measured)],
         opened: Duration,
         mib: f64,
@@ -187,16 +223,16 @@ impl Rows {
             (of(|(_, run)| run.iops), of(|(_, run)| run.cpu_us), of(|(ratio, _)| *ratio));
         let (p50, p99) = (of(|(_, run)| f64::from(run.p50_us)), of(|(_, run)| f64::from(run.p99_us)));
         let opened = opened.as_secs_f64() * 1e3;
-        let head = [depth.to_string(), cache.to_owned(), server.to_owned()];
+        let head = [blocks.to_string(), depth.to_string(), cache.to_owned(), server.to_owned()];
         let whole = [iops, p50, p99].map(|figure| format!("{figure:.0}"));
         let parts = [format!("{cpu:.2}"), format!("{ratio:.2}"), format!("{opened:.0}"), format!("{mib:.0}")];
         self.table.add_row(head.into_iter().chain(whole).chain(parts));
         self.figures.push(json!({
-            "overlays": depth, "cache": cache, "server": server, "iops": iops, "p50-us": p50, "p99-us": p99,
+            "blocks": blocks, "overlays": depth, "cache": cache, "server": server, "iops": iops, "p50-us": p50, "p99-us": p99,
             "cpu-us": cpu, "cpu-to-raw": ratio, "opened-ms": opened, "anonymous-mib": mib,
         }));
         say(&format!(
-            "{server}, {depth} overlays: {ratio:.2} of a raw disk, opened in {opened:.0} ms, {mib:.0} MiB"
+            "{server}, {depth} overlays of {blocks} blocks: {ratio:.2} of a raw disk, opened in {opened:.0} ms, {mib:.0} MiB"
         ));
     }
 }
