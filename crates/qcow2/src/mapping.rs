@@ -57,9 +57,33 @@ impl L1Entry {
 pub(crate) struct Mapping {
     /// Empty if it is not kept.
     l1: RwLock<Vec<L1Entry>>,
-    /// Where it is in the file, if it is not kept.
-    unkept: Option<HostOffset>,
+    unkept: Option<Unkept>,
     slices: Slices,
+}
+
+/// What is kept of an L1 table in its stead, a bit for each entry: most layers of a large disk have few tables, and of what
+/// they lack nothing is read.
+#[derive(Debug)]
+struct Unkept {
+    /// Where the table is in the file.
+    at: HostOffset,
+    /// Which entries name a table, 64 to a word.
+    present: Box<[u64]>,
+}
+
+impl Unkept {
+    fn new(at: HostOffset, l1: &[L1Entry]) -> Self {
+        let bits = |entries: &[L1Entry]| {
+            entries.iter().rev().fold(0, |bits, entry| bits << 1 | u64::from(entry.table().is_some()))
+        };
+        Self { at, present: l1.chunks(64).map(bits).collect() }
+    }
+
+    /// Where in the file the entry is, if it names a table.
+    fn position(&self, index: usize) -> Option<u64> {
+        let word = self.present.get(index / 64)?;
+        (word >> (index % 64) & 1 == 1).then_some(self.at.0 + index as u64 * 8)
+    }
 }
 
 impl Mapping {
@@ -76,12 +100,8 @@ impl Mapping {
         let mut bytes = vec![0; geometry.tables() as usize * 8];
         storage.read_at(&mut bytes, at.0).context(|| "read the L1 table")?;
         let entries = bytes.chunks_exact(8).map(|entry| L1Entry::decode(entry, geometry, limit));
-        let kept = writable || cache_bytes > 0;
-        let l1 = match kept {
-            true => entries.collect::<Result<_>>()?,
-            false => entries.map(|entry| entry.map(|_| ())).collect::<Result<()>>().map(|()| Vec::new())?,
-        };
-        let unkept = (!kept).then_some(at);
+        let mut l1 = entries.collect::<Result<Vec<_>>>()?;
+        let unkept = (!writable && cache_bytes == 0).then(|| Unkept::new(at, &std::mem::take(&mut l1)));
         Ok(Self { l1: RwLock::new(l1), unkept, slices: Slices::new(geometry, cache_bytes) })
     }
 
@@ -175,11 +195,12 @@ impl Inner {
         let geometry = self.geometry;
         let first = geometry.slice_clusters(slice).start;
         let (table, index) = geometry.position(first);
-        let entry = match self.mapping.unkept {
+        let entry = match &self.mapping.unkept {
             None => self.mapping.l1_entry(table)?,
-            Some(l1) => {
+            Some(unkept) => {
+                let Some(at) = unkept.position(table) else { return Ok(None) };
                 let mut bytes = [0; 8];
-                self.storage.read_at(&mut bytes, l1.0 + table as u64 * 8).context(|| "read the L1 table")?;
+                self.storage.read_at(&mut bytes, at).context(|| "read the L1 table")?;
                 L1Entry::decode(&bytes, geometry, self.limit)?
             }
         };
@@ -244,6 +265,22 @@ impl Inner {
         match core.is_some_and(|core| core.metadata.contains(at)) {
             true => corrupt("an L2 entry points to the image's own tables"),
             false => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_that_name_no_table_are_not_read_from_the_file() {
+        let l1: Vec<L1Entry> =
+            (0..130).map(|index| L1Entry(if index % 9 == 1 { 1 << 16 } else { 0 })).collect();
+        let unkept = Unkept::new(HostOffset(512), &l1);
+        for index in 0..200 {
+            let at = (index < 130 && index % 9 == 1).then_some(512 + index as u64 * 8);
+            assert_eq!(unkept.position(index), at, "{index}");
         }
     }
 }
