@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use block::testing::Random;
 use block::{Disk, Storage, write_disk};
 use comfy_table::Table;
 use frazil_integration::{Context, Error, Process, Result, Scratch, program};
-use frazil_tests::{Load, Measured, Random};
+use frazil_tests::{Load, Measured};
 use hostio::{Cache, HostFile};
 use qcow2::{CreateOptions, Image as Qcow2, Journal, Mode, Parts};
 use serde_json::{Value, json};
@@ -97,7 +98,7 @@ impl Kind {
                 let journal = Journal::create(Arc::clone(&a), Arc::clone(&b), "none")?;
                 let image = Qcow2::open(Parts::new(Arc::new(file), None), Mode::Writable(journal))?;
                 for _ in 0..*blocks {
-                    let offset = random.number() % (DISK_BYTES / BLOCK) * BLOCK;
+                    let offset = random.below(DISK_BYTES / BLOCK) * BLOCK;
                     write_disk(&image, offset, &[depth as u8; BLOCK as usize])?;
                 }
                 image.flush().run()
