@@ -1,0 +1,124 @@
+//! What clients ask for, one thing at a time. Most are transactions of one action.
+
+use std::sync::Arc;
+
+use block::{Error, ErrorKind, Result};
+use snapshot::{BitmapInfo, ClientId, CutRequest, FreezePolicy, Manager, Pin};
+
+use crate::model::{Action, BackupRequest};
+use crate::nodes::{Filter, Kind, Node, NodeInfo, NodeOptions, Nodes, View, no_node};
+
+/// Where a disk stands in QEMU's tree of objects: clients find it as `qdev` in `query-block`.
+const QDEV: &str = "/machine/peripheral/";
+
+/// A daemon's nodes, and what is done with them.
+pub struct Backups {
+    pub(crate) manager: Arc<Manager>,
+    pub(crate) nodes: Nodes,
+}
+
+/// What a name means that a client gave.
+pub(crate) enum Named {
+    /// A disk that is served, by its id.
+    Disk(String),
+    /// A node that was added.
+    Node(Arc<Node>),
+}
+
+impl Backups {
+    /// None yet, over the disks of `manager`.
+    pub fn new(manager: Arc<Manager>) -> Self {
+        Self { manager, nodes: Nodes::default() }
+    }
+
+    /// `blockdev-add`. Opens what the node needs.
+    pub fn add_node(&self, options: NodeOptions) -> Result<()> {
+        self.nodes.add(options, &|name| self.disk_of(name))
+    }
+
+    /// `blockdev-del`. Refuses while anything uses the node.
+    pub fn remove_node(&self, name: &str) -> Result<()> {
+        if self.disk_of(name).is_some() {
+            return Err(Error::new(ErrorKind::Busy, format!("Node {name} is in use")));
+        }
+        self.nodes.remove(name)
+    }
+
+    /// The nodes that were added.
+    pub fn nodes(&self) -> Vec<NodeInfo> {
+        self.nodes.list().iter().map(|node| node.info()).collect()
+    }
+
+    /// `blockdev-backup`: begins to copy.
+    pub fn backup(&self, request: BackupRequest, client: Option<ClientId>) -> Result<()> {
+        self.transaction(vec![Action::BlockdevBackup(request)], client)
+    }
+
+    /// `qom-set` of a disk's `drive`: puts a filter on the disk, or takes it off again. Putting it on is a cut.
+    pub fn set_drive(&self, path: &str, value: &str) -> Result<()> {
+        let disk = self.disk_at(path)?;
+        match self.named(value)? {
+            Named::Disk(same) if same == disk => {
+                self.filters(&disk).iter().for_each(|filter| *filter.view() = View::default());
+                return Ok(());
+            }
+            Named::Node(node) => {
+                if let Kind::CopyBeforeWrite(filter) = &node.kind
+                    && filter.disk == disk
+                {
+                    let pin = self.cut(vec![disk])?.pop();
+                    *filter.view() = View { pin, used: false };
+                    return Ok(());
+                }
+            }
+            Named::Disk(_) => {}
+        }
+        let story = format!("'{value}' is neither the disk nor a copy-before-write node on it");
+        Err(Error::new(ErrorKind::Unsupported, story))
+    }
+
+    /// The bitmaps of a disk, as `query-block` shows them.
+    pub fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>> {
+        self.manager.bitmaps(disk)
+    }
+
+    /// Where a disk stands among QEMU's objects.
+    pub fn qdev(disk: &str) -> String {
+        format!("{QDEV}{disk}/virtio-backend")
+    }
+
+    fn disk_at(&self, path: &str) -> Result<String> {
+        // QEMU takes any unambiguous part of a path; clients give what `qdev` has, or the device's own id.
+        let name = path.strip_prefix(QDEV).unwrap_or(path).trim_end_matches("/virtio-backend");
+        let missing = || Error::new(ErrorKind::NotFound, format!("Device '{path}' not found"));
+        self.disk_of(name).ok_or_else(missing)
+    }
+
+    /// The disk that a name means: its id, or its active layer's.
+    pub(crate) fn disk_of(&self, name: &str) -> Option<String> {
+        let disks = self.manager.disks();
+        let active = |disk: &snapshot::DiskStatus| disk.layers.last().is_some_and(|layer| layer.node_name == name);
+        disks.into_iter().find(|disk| disk.id == name || active(disk)).map(|disk| disk.id)
+    }
+
+    pub(crate) fn named(&self, name: &str) -> Result<Named> {
+        if let Some(disk) = self.disk_of(name) {
+            return Ok(Named::Disk(disk));
+        }
+        self.nodes.get(name).map(Named::Node).ok_or_else(|| no_node(name))
+    }
+
+    fn filters(&self, disk: &str) -> Vec<Arc<Filter>> {
+        let filter = |node: &Arc<Node>| match &node.kind {
+            Kind::CopyBeforeWrite(filter) if filter.disk == disk => Some(Arc::clone(filter)),
+            _ => None,
+        };
+        self.nodes.list().iter().filter_map(filter).collect()
+    }
+
+    /// Cuts disks at one instant, without a word to the guest: whoever speaks QMP to a disk freezes the guest itself.
+    pub(crate) fn cut(&self, disks: Vec<String>) -> Result<Vec<Arc<Pin>>> {
+        let request = CutRequest { snapshot: None, disks: Some(disks), freeze: Some(FreezePolicy::Never) };
+        Ok(self.manager.cut_with(request, &[])?.pins.into_iter().map(Arc::new).collect())
+    }
+}

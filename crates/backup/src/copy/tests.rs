@@ -1,0 +1,104 @@
+use block::RawDisk;
+use block::testing::{FaultStorage, MemStorage};
+
+use super::*;
+
+const SIZE: usize = 9 << 20;
+
+fn raw(bytes: &[u8]) -> (Arc<MemStorage>, Arc<dyn Disk>) {
+    let storage = Arc::new(MemStorage::from(bytes.to_vec()));
+    (Arc::clone(&storage), Arc::new(RawDisk::new(storage, false).unwrap()))
+}
+
+fn content(disk: &dyn Disk) -> Vec<u8> {
+    let mut bytes = vec![0; disk.capacity() as usize];
+    read_disk(disk, 0, &mut bytes).unwrap();
+    bytes
+}
+
+/// Bytes of all kinds: runs of zeroes, single bytes, a ragged end.
+fn bytes() -> Vec<u8> {
+    let mut bytes = vec![0; SIZE];
+    bytes[5 * GRAIN + 7] = 1;
+    bytes[PIECE as usize - 1..PIECE as usize + 2 * GRAIN].fill(2);
+    bytes[WINDOW as usize - 5..WINDOW as usize + 5].fill(3);
+    *bytes.last_mut().unwrap() = 4;
+    bytes
+}
+
+fn run(copy: &mut Copy) -> u64 {
+    let mut copied = 0;
+    while let Some(len) = copy.step().unwrap() {
+        copied += len;
+    }
+    copied
+}
+
+#[test]
+fn a_whole_disk_is_copied_over_whatever_was_there() {
+    let (_, source) = raw(&bytes());
+    let (_, target) = raw(&[9; SIZE]);
+    let mut copy = Copy::new(source, Arc::clone(&target), None);
+    assert_eq!(copy.total(), SIZE as u64);
+    assert_eq!(run(&mut copy), SIZE as u64);
+    assert!(content(&*target) == bytes());
+}
+
+#[test]
+fn a_target_that_reads_as_zeroes_stays_sparse() {
+    let (_, source) = raw(&bytes());
+    let storage = Arc::new(FaultStorage::new(MemStorage::from(Vec::new())));
+    storage.set_len(SIZE as u64).unwrap();
+    let target: Arc<dyn Disk> = Arc::new(RawDisk::new(Arc::clone(&storage) as _, false).unwrap());
+    assert!(is_blank(&*target) == storage.next_data(0).unwrap().is_none());
+    run(&mut Copy::new(source, Arc::clone(&target), None));
+    assert!(content(&*target) == bytes());
+}
+
+#[test]
+fn a_disk_with_a_single_byte_is_not_blank() {
+    assert!(!is_blank(&*raw(&bytes()).1));
+}
+
+#[test]
+fn of_what_is_marked_whole_units_are_copied_and_nothing_else() {
+    let (_, source) = raw(&[1; SIZE]);
+    let (_, target) = raw(&[9; SIZE]);
+    let marked = DirtyBitmap::new(SIZE as u64, 9).unwrap();
+    for offset in [512, 3 * GRAIN as u64 + 511, WINDOW + GRAIN as u64, SIZE as u64 - 1] {
+        marked.mark(ByteRange { offset, len: 1 });
+    }
+    let mut copy = Copy::new(source, Arc::clone(&target), Some(marked));
+    assert_eq!(copy.total(), 4 * GRAIN as u64);
+    assert_eq!(run(&mut copy), 4 * GRAIN as u64);
+    let found = content(&*target);
+    let copied: Vec<_> = (0..SIZE).step_by(GRAIN).filter(|at| found[*at] == 1).map(|at| at / GRAIN).collect();
+    assert_eq!(copied, [0, 3, WINDOW as usize / GRAIN + 1, SIZE / GRAIN - 1]);
+    assert!((0..SIZE).all(|at| found[at] == found[at / GRAIN * GRAIN]));
+}
+
+#[test]
+fn a_piece_that_failed_is_tried_again_or_left_out() {
+    for skipped in [false, true] {
+        let storage = FaultStorage::new(MemStorage::from(bytes()));
+        storage.fail_reads(1);
+        let source = Arc::new(RawDisk::new(Arc::new(storage), true).unwrap());
+        let (_, target) = raw(&[9; SIZE]);
+        let mut copy = Copy::new(source, Arc::clone(&target), None);
+        let failure = loop {
+            match copy.step() {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("nothing failed"),
+                Err(failure) => break failure,
+            }
+        };
+        assert!(matches!(failure, Failure::Read(_)), "{failure:?}");
+        let left_out = skipped.then(|| copy.skip().unwrap());
+        run(&mut copy);
+        let mut expected = bytes();
+        if let Some(range) = left_out {
+            expected[range.offset as usize..range.end() as usize].fill(9);
+        }
+        assert!(content(&*target) == expected);
+    }
+}

@@ -1,0 +1,258 @@
+//! Block nodes that clients add: the files that backups are written to, and the filters that they are read through.
+
+mod filter;
+mod options;
+mod writing;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use block::{Context, Disk, Error, ErrorKind, RawDisk, Result};
+use hostio::{Cache, HostFile, Open};
+use qcow2::Image;
+use serde::Serialize;
+
+pub(crate) use filter::{Access, Filter, NodeBitmaps, View, not_found};
+pub use options::NodeOptions;
+use options::{Driver, Reference};
+pub(crate) use writing::Writing;
+
+/// Nodes there may be: clients forget to delete them.
+const MAX_NODES: usize = 1024;
+
+/// A node.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) name: String,
+    driver: &'static str,
+    read_only: bool,
+    pub(crate) kind: Kind,
+    /// Whether a job writes to it.
+    written: AtomicBool,
+}
+
+/// What a node is.
+#[derive(Debug)]
+pub(crate) enum Kind {
+    /// A file or a device.
+    File { file: Arc<HostFile>, path: PathBuf },
+    /// An image in a file.
+    Image { file: Arc<Node>, disk: Arc<dyn Disk>, qcow2: Option<Arc<Image>> },
+    /// A disk, and what it was when the filter was put on.
+    CopyBeforeWrite(Arc<Filter>),
+    /// The same, to read.
+    SnapshotAccess(Arc<Access>),
+}
+
+/// A node, as `query-named-block-nodes` needs it.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct NodeInfo {
+    /// Its name.
+    pub node_name: String,
+    /// Its driver.
+    pub driver: &'static str,
+    /// The file that it is in the end.
+    pub filename: PathBuf,
+    /// Bytes that it shows.
+    pub virtual_size: u64,
+    /// Whether it is not written.
+    pub read_only: bool,
+}
+
+/// All nodes that were added, by name.
+#[derive(Debug, Default)]
+pub(crate) struct Nodes {
+    nodes: Mutex<BTreeMap<String, Arc<Node>>>,
+    /// Names those that got none.
+    next: AtomicU64,
+}
+
+impl Nodes {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Node>>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The node of that name.
+    pub(crate) fn get(&self, name: &str) -> Option<Arc<Node>> {
+        self.lock().get(name).cloned()
+    }
+
+    /// All of them.
+    pub(crate) fn list(&self) -> Vec<Arc<Node>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Adds a node and those that its options define. `disk_of` finds the disk that a name means. If it fails, none is added.
+    pub(crate) fn add(&self, options: NodeOptions, disk_of: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+        if options.node_name.is_none() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "'node-name' must be specified for the root node",
+            ));
+        }
+        let mut made = Vec::new();
+        self.make(options, disk_of, &mut made)?;
+        let mut nodes = self.lock();
+        if nodes.len() + made.len() > MAX_NODES {
+            return Err(Error::new(ErrorKind::Busy, "there are too many nodes: delete those of no use"));
+        }
+        if let Some(twice) = made.iter().find(|node| nodes.contains_key(&node.name)) {
+            return Err(duplicate(&twice.name));
+        }
+        nodes.extend(made.into_iter().map(|node| (node.name.clone(), node)));
+        Ok(())
+    }
+
+    /// Removes a node, and those that it alone defined.
+    pub(crate) fn remove(&self, name: &str) -> Result<()> {
+        let mut nodes = self.lock();
+        let Some(node) = nodes.get(name) else {
+            return Err(Error::new(ErrorKind::NotFound, format!("Failed to find node with node-name='{name}'")));
+        };
+        // One is the list's own.
+        if Arc::strong_count(node) > 1 {
+            return Err(Error::new(ErrorKind::Busy, format!("Node {name} is in use")));
+        }
+        nodes.remove(name);
+        // A child that was defined within its parent has a name that no client can give, and goes with it.
+        while let Some(orphan) = nodes.values().find(|node| is_own(&node.name) && Arc::strong_count(node) == 1) {
+            let orphan = orphan.name.clone();
+            nodes.remove(&orphan);
+        }
+        Ok(())
+    }
+
+    fn make(
+        &self,
+        options: NodeOptions,
+        disk_of: &dyn Fn(&str) -> Option<String>,
+        made: &mut Vec<Arc<Node>>,
+    ) -> Result<Arc<Node>> {
+        let name = match options.node_name.clone() {
+            Some(name) => check_name(name)?,
+            None => format!("#block{}", self.next.fetch_add(1, Ordering::Relaxed)),
+        };
+        if self.lock().contains_key(&name) || disk_of(&name).is_some() || made.iter().any(|node| node.name == name) {
+            return Err(duplicate(&name));
+        }
+        let (driver, read_only) = (options.driver.name(), options.read_only);
+        let kind = self.make_kind(options, disk_of, made)?;
+        let node = Arc::new(Node { name, driver, read_only, kind, written: AtomicBool::new(false) });
+        made.push(Arc::clone(&node));
+        Ok(node)
+    }
+
+    fn make_kind(
+        &self,
+        options: NodeOptions,
+        disk_of: &dyn Fn(&str) -> Option<String>,
+        made: &mut Vec<Arc<Node>>,
+    ) -> Result<Kind> {
+        let cache = if options.cache.direct { Cache::None } else { Cache::Writeback };
+        let writable = !options.read_only;
+        let mut child = |reference: Reference| self.resolve(reference, disk_of, made);
+        match options.driver {
+            Driver::File { filename } | Driver::HostDevice { filename } => {
+                let file = Arc::new(HostFile::open(&filename, Open { writable, cache })?);
+                Ok(Kind::File { file, path: filename })
+            }
+            Driver::Raw { file } => {
+                let file = child(file)?;
+                let disk = Arc::new(RawDisk::new(file.storage()?, !writable)?);
+                Ok(Kind::Image { file, disk, qcow2: None })
+            }
+            Driver::Qcow2 { file, .. } => {
+                let file = child(file)?;
+                let image = writing::open_qcow2(file.storage()?, writable).context(|| format!("Node '{}'", file.name))?;
+                let image = Arc::new(image);
+                Ok(Kind::Image { file, disk: Arc::clone(&image) as _, qcow2: Some(image) })
+            }
+            Driver::CopyBeforeWrite { file, target } => {
+                let Reference::Name(source) = file else {
+                    return Err(Error::new(ErrorKind::Unsupported, "the filter is put on a disk: name it as 'file'"));
+                };
+                let disk = disk_of(&source).ok_or_else(|| no_node(&source))?;
+                Ok(Kind::CopyBeforeWrite(Arc::new(Filter::new(disk, child(target)?))))
+            }
+            Driver::SnapshotAccess { file } => {
+                let node = child(file)?;
+                match &node.kind {
+                    Kind::CopyBeforeWrite(filter) => {
+                        let filter = Arc::clone(filter);
+                        Ok(Kind::SnapshotAccess(Arc::new(Access::new(filter, node))))
+                    }
+                    _ => Err(Error::new(ErrorKind::InvalidInput, "'file' is not a copy-before-write node")),
+                }
+            }
+        }
+    }
+
+    fn resolve(
+        &self,
+        reference: Reference,
+        disk_of: &dyn Fn(&str) -> Option<String>,
+        made: &mut Vec<Arc<Node>>,
+    ) -> Result<Arc<Node>> {
+        match reference {
+            Reference::Definition(options) => self.make(*options, disk_of, made),
+            Reference::Name(name) => {
+                let made = made.iter().find(|node| node.name == name).cloned();
+                made.or_else(|| self.get(&name)).ok_or_else(|| no_node(&name))
+            }
+        }
+    }
+}
+
+impl Node {
+    /// What is in it, for what lies on it.
+    fn storage(&self) -> Result<Arc<HostFile>> {
+        match &self.kind {
+            Kind::File { file, .. } => Ok(Arc::clone(file)),
+            _ => Err(Error::new(ErrorKind::InvalidInput, format!("Node '{}' is not a file", self.name))),
+        }
+    }
+
+    /// As it is told of.
+    pub(crate) fn info(&self) -> NodeInfo {
+        let (filename, virtual_size) = self.place();
+        let (node_name, driver, read_only) = (self.name.clone(), self.driver, self.read_only);
+        NodeInfo { node_name, driver, filename, virtual_size, read_only }
+    }
+
+    /// The file that it is in the end, and the bytes that it shows.
+    fn place(&self) -> (PathBuf, u64) {
+        match &self.kind {
+            Kind::File { file, path } => (path.clone(), block::Storage::len(&**file).unwrap_or_default()),
+            Kind::Image { file, disk, .. } => (file.place().0, disk.capacity()),
+            Kind::CopyBeforeWrite(filter) => filter.fleece.place(),
+            Kind::SnapshotAccess(access) => access.node.place(),
+        }
+    }
+}
+
+/// Names that begin so are Frazil's own, as in QEMU.
+fn is_own(name: &str) -> bool {
+    name.starts_with('#')
+}
+
+/// QEMU's rule for names (`id_wellformed`), and its bound.
+fn check_name(name: String) -> Result<String> {
+    let starts_well = name.bytes().next().is_some_and(|first| first.is_ascii_alphabetic());
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+    match starts_well && name.len() <= 31 && name.bytes().all(allowed) {
+        true => Ok(name),
+        false => Err(Error::new(ErrorKind::InvalidInput, format!("Invalid node-name: '{name}'"))),
+    }
+}
+
+fn duplicate(name: &str) -> Error {
+    Error::new(ErrorKind::Busy, format!("Duplicate nodes with node-name='{name}'"))
+}
+
+/// There is neither a disk nor a node of that name.
+pub(crate) fn no_node(name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'"))
+}

@@ -1,0 +1,167 @@
+//! Targets: nodes that a job writes to.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Poll, Waker};
+
+use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Result, Storage, WriteGuard};
+use hostio::HostFile;
+use qcow2::{Header, Image, Journal, Mode, Parts};
+
+use super::{Kind, Node};
+
+/// Changes of tables that may wait in memory, some tens of bytes each.
+const MAX_PENDING: usize = 64 << 10;
+
+/// A node while a job writes to it: nobody else may.
+#[derive(Debug)]
+pub(crate) struct Writing {
+    node: Arc<Node>,
+    disk: Arc<dyn Disk>,
+    qcow2: Option<Arc<Image>>,
+}
+
+impl Writing {
+    /// Takes a node to write a disk of `capacity` bytes to it.
+    pub(crate) fn begin(node: Arc<Node>, capacity: u64) -> Result<Self> {
+        let refuse = |kind, story: String| Err(Error::new(kind, story));
+        let (disk, qcow2) = match &node.kind {
+            Kind::Image { disk, qcow2, .. } => (Arc::clone(disk), qcow2.clone()),
+            _ => {
+                let story = format!("Node '{}' is not an image: put a format, raw or qcow2, on the file", node.name);
+                return refuse(ErrorKind::InvalidInput, story);
+            }
+        };
+        if disk.read_only() {
+            return refuse(ErrorKind::ReadOnly, format!("Block node is read-only: '{}'", node.name));
+        }
+        if disk.capacity() != capacity {
+            let story = format!(
+                "Source and target image have different sizes: {capacity} bytes and, of node '{}', {}",
+                node.name,
+                disk.capacity()
+            );
+            return refuse(ErrorKind::InvalidInput, story);
+        }
+        if node.written.swap(true, Ordering::AcqRel) {
+            return refuse(ErrorKind::Busy, format!("Node '{}' is being written by another job", node.name));
+        }
+        Ok(Self { node, disk, qcow2 })
+    }
+
+    pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// Has what waits in memory written out if it has become much.
+    pub(crate) fn relieve(&self) -> Result<()> {
+        match &self.qcow2 {
+            Some(image) if image.pending() > MAX_PENDING => image.flush().run(),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        self.node.written.store(false, Ordering::Release);
+    }
+}
+
+/// Opens a qcow2 image without what is beneath it.
+pub(super) fn open_qcow2(file: Arc<HostFile>, writable: bool) -> Result<Image> {
+    let header = Header::read(&*file)?;
+    if header.has_data_file {
+        return Err(Error::new(ErrorKind::Unsupported, "it has an external data file"));
+    }
+    let backing = header.backing_file.map(|_| Arc::new(Beneath(header.capacity)) as Arc<dyn Disk>);
+    let mode = match writable {
+        // What a backup that was killed leaves is made again, never recovered.
+        true => Mode::Writable(Journal::create(Arc::new(Nowhere), Arc::new(Nowhere), "none")?),
+        false => Mode::ReadOnly,
+    };
+    Image::open(Parts::new(file, backing), mode)
+}
+
+/// The backing file of a target: not opened, for a backup writes whole clusters. It can not be taken for zeroes.
+#[derive(Debug)]
+struct Beneath(u64);
+
+impl Beneath {
+    fn refuse<T>() -> Result<T> {
+        Err(Error::new(ErrorKind::Unsupported, "the backing file of a backup's target is not opened"))
+    }
+}
+
+impl Disk for Beneath {
+    fn capacity(&self) -> u64 {
+        self.0
+    }
+
+    fn read_only(&self) -> bool {
+        true
+    }
+
+    fn discard_granularity(&self) -> u32 {
+        512
+    }
+
+    fn resolve_read(&self, _range: ByteRange, _out: &mut Vec<Extent>) -> Result<()> {
+        Self::refuse()
+    }
+
+    fn resolve_write(&self, _: ByteRange, _: &Waker, _: &mut Vec<Extent>) -> Poll<Result<WriteGuard>> {
+        Poll::Ready(Self::refuse())
+    }
+
+    fn discard(&self, _range: ByteRange, _waker: &Waker) -> Poll<Result<()>> {
+        Poll::Ready(Self::refuse())
+    }
+
+    fn write_zeroes(&self, _range: ByteRange, _unmap: bool, _waker: &Waker) -> Poll<Result<()>> {
+        Poll::Ready(Self::refuse())
+    }
+
+    fn flush(&self) -> Box<dyn Flush> {
+        Box::new(Nothing)
+    }
+}
+
+/// The flush of what is never written.
+struct Nothing;
+
+impl Flush for Nothing {
+    fn step(&mut self, _last: Result<()>, _waker: &Waker) -> Poll<Result<FlushStep>> {
+        Poll::Ready(Ok(FlushStep::Done))
+    }
+}
+
+/// Where the journal of a target goes.
+#[derive(Debug)]
+struct Nowhere;
+
+impl Storage for Nowhere {
+    fn read_at(&self, _buf: &mut [u8], _offset: u64) -> Result<()> {
+        Err(Error::new(ErrorKind::Io, "nothing is kept here"))
+    }
+
+    fn write_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn len(&self) -> Result<u64> {
+        Ok(0)
+    }
+
+    fn set_len(&self, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn punch_hole(&self, _range: ByteRange) -> Result<()> {
+        Ok(())
+    }
+}
