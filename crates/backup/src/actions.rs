@@ -31,6 +31,11 @@ impl Backups {
         Self { manager, nodes: Nodes::default() }
     }
 
+    /// The disks and their jobs.
+    pub fn manager(&self) -> &Manager {
+        &self.manager
+    }
+
     /// `blockdev-add`. Opens what the node needs.
     pub fn add_node(&self, options: NodeOptions) -> Result<()> {
         self.nodes.add(options, &|name| self.disk_of(name))
@@ -97,7 +102,8 @@ impl Backups {
     /// The disk that a name means: its id, or its active layer's.
     pub(crate) fn disk_of(&self, name: &str) -> Option<String> {
         let disks = self.manager.disks();
-        let active = |disk: &snapshot::DiskStatus| disk.layers.last().is_some_and(|layer| layer.node_name == name);
+        let active =
+            |disk: &snapshot::DiskStatus| disk.layers.last().is_some_and(|layer| layer.node_name == name);
         disks.into_iter().find(|disk| disk.id == name || active(disk)).map(|disk| disk.id)
     }
 

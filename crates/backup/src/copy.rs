@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use block::{ByteRange, DirtyBitmap, Disk, Error, Extent, Result, Source, Storage, blocking, read_disk, write_disk};
+use block::{ByteRange, DirtyBitmap, Disk, Error, Extent, Result, Source, blocking, read_disk, write_disk};
 
 /// How much is resolved at once: the extents of so much are held while it is copied.
 const WINDOW: u64 = 8 << 20;
@@ -12,8 +12,8 @@ const WINDOW: u64 = 8 << 20;
 /// written.
 const PIECE: u64 = 256 << 10;
 
-/// What is not written if it is all zeroes, so that the target stays as sparse as the disk.
-const GRAIN: usize = 4096;
+/// A part of a disk is looked at for zeroes in pieces of so many bytes at least.
+const GRAIN: u64 = 4096;
 
 /// What is copied where.
 #[derive(Debug)]
@@ -22,16 +22,24 @@ pub(crate) struct Copy {
     target: Arc<dyn Disk>,
     /// Only what is marked; all if `None`.
     marked: Option<DirtyBitmap>,
-    /// What is copied begins and ends at a multiple of so many bytes, a power of two: the target needs to know nothing of
-    /// what was there before.
+    /// All that is written begins and ends at a multiple of so many bytes, a power of two: a cluster of the target, which so
+    /// needs to know nothing of what is beneath it.
     unit: u64,
-    /// Bytes of the target that are not written read as zeroes.
+    /// What is not written reads as zeroes.
     on_zeroes: bool,
-    /// Up to here all is resolved.
+    /// Up to here it is known what is to be copied.
     resolved: u64,
-    /// Resolved and not yet copied, with its place on the disk.
-    pieces: VecDeque<(u64, Extent)>,
+    /// What is to be copied next.
+    pieces: VecDeque<Piece>,
     buffer: Vec<u8>,
+}
+
+/// A part of the disk, at most a window long.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    range: ByteRange,
+    /// Whether it is known to be zero.
+    is_zero: bool,
 }
 
 /// Which side of a copy failed. The piece is still to be copied.
@@ -44,14 +52,10 @@ pub(crate) enum Failure {
 }
 
 impl Copy {
-    /// From `source` to `target`, which is as large and no less.
-    pub(crate) fn new(
-        source: Arc<dyn Disk>,
-        target: Arc<dyn Disk>,
-        marked: Option<DirtyBitmap>,
-    ) -> Self {
+    /// From `source` to `target`, which is as large.
+    pub(crate) fn new(source: Arc<dyn Disk>, target: Arc<dyn Disk>, marked: Option<DirtyBitmap>) -> Self {
         let on_zeroes = is_blank(&*target);
-        let unit = u64::from(target.discard_granularity()).next_power_of_two().max(GRAIN as u64);
+        let unit = u64::from(target.discard_granularity()).next_power_of_two().clamp(GRAIN, WINDOW);
         let (pieces, buffer) = (VecDeque::new(), Vec::new());
         Self { source, target, marked, unit, on_zeroes, resolved: 0, pieces, buffer }
     }
@@ -72,32 +76,34 @@ impl Copy {
         if self.pieces.is_empty() && !self.resolve().map_err(Failure::Read)? {
             return Ok(None);
         }
-        let Some((at, extent)) = self.pieces.pop_front() else { return Ok(Some(0)) };
-        let len = match extent.source {
-            Source::Zero => extent.len,
-            _ => extent.len.min(PIECE),
-        };
-        let now = Extent { len, source: extent.source.clone() };
-        if let Err(failure) = self.copy(at, &now) {
-            self.pieces.push_front((at, extent));
-            return Err(failure);
-        }
-        if len < extent.len {
-            let rest = Extent { len: extent.len - len, source: extent.source.advanced(len) };
-            self.pieces.push_front((at + len, rest));
-        }
-        Ok(Some(len))
+        let Some(piece) = self.next_piece() else { return Ok(Some(0)) };
+        self.copy(piece)?;
+        self.done(piece);
+        Ok(Some(piece.range.len))
     }
 
     /// Leaves the next piece out, which could not be copied; its range.
     pub(crate) fn skip(&mut self) -> Option<ByteRange> {
-        let (at, extent) = self.pieces.pop_front()?;
-        let len = extent.len.min(PIECE);
-        if len < extent.len {
-            let rest = Extent { len: extent.len - len, source: extent.source.advanced(len) };
-            self.pieces.push_front((at + len, rest));
+        let piece = self.next_piece()?;
+        self.done(piece);
+        Some(piece.range)
+    }
+
+    /// What is to be copied at once.
+    fn next_piece(&self) -> Option<Piece> {
+        let piece = *self.pieces.front()?;
+        let longest = if piece.is_zero { u64::MAX } else { PIECE.max(self.unit) };
+        Some(Piece { range: ByteRange { len: piece.range.len.min(longest), ..piece.range }, ..piece })
+    }
+
+    fn done(&mut self, piece: Piece) {
+        if let Some(first) = self.pieces.front_mut() {
+            let end = first.range.end();
+            first.range = ByteRange { offset: piece.range.end(), len: end - piece.range.end() };
+            if first.range.len == 0 {
+                self.pieces.pop_front();
+            }
         }
-        Some(ByteRange { offset: at, len })
     }
 
     /// Finds what is to be copied next; whether there is anything.
@@ -109,40 +115,42 @@ impl Copy {
             Some(marked) => self.next_marked(marked, self.resolved),
         };
         let Some(next) = next else { return Ok(false) };
-        let window = ByteRange { len: next.len.min(WINDOW), ..next };
+        // Both ends are those of units, or of the disk: a window is made of whole units.
+        let end = next.end().min((next.offset & !(WINDOW - 1)) + WINDOW);
+        let window = ByteRange { offset: next.offset, len: end - next.offset };
         let mut extents = Vec::new();
         self.source.resolve_read(window, &mut extents)?;
         let mut at = window.offset;
+        let mut zero_from = at;
         for extent in extents {
-            let len = extent.len;
-            self.solid(at, extent)?;
-            at += len;
+            let end = at + extent.len;
+            if let Source::Zero = extent.source {
+                at = end;
+                continue;
+            }
+            for data in solid(&extent)? {
+                let data = ByteRange { offset: at + data.offset, len: data.len };
+                zero_from = self.enter(zero_from, data, window.end());
+            }
+            at = end;
         }
+        self.enter(zero_from, ByteRange { offset: window.end(), len: 0 }, window.end());
         self.resolved = window.end();
         Ok(true)
     }
 
-    /// Enters an extent, the holes of its file as zeroes.
-    fn solid(&mut self, mut at: u64, extent: Extent) -> Result<()> {
-        let Source::File { storage, offset } = extent.source else {
-            self.pieces.push_back((at, extent));
-            return Ok(());
-        };
-        let (mut from, end) = (offset, offset + extent.len);
-        while from < end {
-            let rest = ByteRange { offset: from, len: end - from };
-            let data = storage.next_data(from)?.and_then(|data| data.intersect(rest));
-            let data = data.unwrap_or(ByteRange { offset: end, len: 0 });
-            let file = Source::File { storage: Arc::clone(&storage), offset: data.offset };
-            for (len, source) in [(data.offset - from, Source::Zero), (data.len, file)] {
-                if len > 0 {
-                    self.pieces.push_back((at, Extent { len, source }));
-                    at += len;
-                }
+    /// Enters the zeroes from `from` on, whole units of them, and then the data, with the rest of its units. Returns where
+    /// the next zeroes may begin.
+    fn enter(&mut self, from: u64, data: ByteRange, end: u64) -> u64 {
+        let start = if data.len == 0 { data.offset } else { data.offset & !(self.unit - 1) }.max(from);
+        let stop = data.end().next_multiple_of(self.unit).min(end).max(start);
+        let zeroes = ByteRange { offset: from, len: start - from };
+        for (range, is_zero) in [(zeroes, true), (ByteRange { offset: start, len: stop - start }, false)] {
+            if range.len > 0 {
+                self.pieces.push_back(Piece { range, is_zero });
             }
-            from = data.end();
         }
-        Ok(())
+        stop
     }
 
     /// The next marked range from `at` on, made of whole units.
@@ -154,41 +162,32 @@ impl Copy {
         Some(ByteRange { offset, len: end - offset })
     }
 
-    fn copy(&mut self, at: u64, piece: &Extent) -> std::result::Result<(), Failure> {
-        let range = ByteRange { offset: at, len: piece.len };
-        match &piece.source {
-            Source::Zero => self.zero(range).map_err(Failure::Write),
-            Source::File { storage, offset } => {
-                // A piece is at most `PIECE` long.
-                self.buffer.resize(piece.len as usize, 0);
-                storage.read_at(&mut self.buffer, *offset).map_err(Failure::Read)?;
-                self.put(at)
-            }
-            Source::Bytes { .. } => {
-                self.buffer.resize(piece.len as usize, 0);
-                read_disk(&*self.source, at, &mut self.buffer).map_err(Failure::Read)?;
-                self.put(at)
-            }
+    fn copy(&mut self, piece: Piece) -> std::result::Result<(), Failure> {
+        if piece.is_zero {
+            return self.zero(piece.range).map_err(Failure::Write);
         }
+        // At most a window.
+        self.buffer.resize(piece.range.len as usize, 0);
+        read_disk(&*self.source, piece.range.offset, &mut self.buffer).map_err(Failure::Read)?;
+        self.put(piece.range.offset).map_err(Failure::Write)
     }
 
-    /// Writes what is in the buffer, runs of zeroes as such.
-    fn put(&self, at: u64) -> std::result::Result<(), Failure> {
-        let is_zero = |grain: &&[u8]| grain.iter().all(|&byte| byte == 0);
-        let mut grains = self.buffer.chunks(GRAIN).peekable();
+    /// Writes what is in the buffer, runs of zeroes as such: the target stays as sparse as what is in the disk.
+    fn put(&self, at: u64) -> Result<()> {
+        let is_zero = |unit: &&[u8]| unit.iter().all(|&byte| byte == 0);
+        let mut units = self.buffer.chunks(self.unit as usize).peekable();
         let mut start = 0;
-        while let Some(first) = grains.next() {
+        while let Some(first) = units.next() {
             let zero = is_zero(&first);
             let mut end = start + first.len();
-            while let Some(grain) = grains.next_if(|grain| is_zero(grain) == zero) {
-                end += grain.len();
+            while let Some(unit) = units.next_if(|unit| is_zero(unit) == zero) {
+                end += unit.len();
             }
             let (to, len) = (at + start as u64, (end - start) as u64);
-            let written = match zero {
-                true => self.zero(ByteRange { offset: to, len }),
-                false => write_disk(&*self.target, to, self.buffer.get(start..end).unwrap_or_default()),
-            };
-            written.map_err(Failure::Write)?;
+            match zero {
+                true => self.zero(ByteRange { offset: to, len })?,
+                false => write_disk(&*self.target, to, self.buffer.get(start..end).unwrap_or_default())?,
+            }
             start = end;
         }
         Ok(())
@@ -200,6 +199,22 @@ impl Copy {
         }
         blocking(|waker| self.target.write_zeroes(range, true, waker))
     }
+}
+
+/// The parts of an extent that are not holes of its file, from its own begin on.
+fn solid(extent: &Extent) -> Result<Vec<ByteRange>> {
+    let Source::File { storage, offset } = &extent.source else {
+        return Ok(vec![ByteRange { offset: 0, len: extent.len }]);
+    };
+    let mut parts = Vec::new();
+    let (mut at, end) = (*offset, offset + extent.len);
+    while at < end {
+        let rest = ByteRange { offset: at, len: end - at };
+        let Some(data) = storage.next_data(at)?.and_then(|data| data.intersect(rest)) else { break };
+        parts.push(ByteRange { offset: data.offset - offset, len: data.len });
+        at = data.end();
+    }
+    Ok(parts)
 }
 
 /// Whether a disk is known to read as zeroes, all of it.

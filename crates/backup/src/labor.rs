@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::{Disk, Error, ErrorKind};
+use block::{Error, ErrorKind};
 use snapshot::{BitmapLock, ErrorAction, Halt, IoOperation, Job, Labor, Pin};
 use tracing::warn;
 

@@ -34,6 +34,7 @@ mod transaction;
 
 pub use actions::Backups;
 pub use model::{
-    Action, BackupOptions, BackupRequest, BitmapAdd, BitmapMerge, BitmapMode, BitmapRef, BitmapSource, OnError, Sync,
+    Action, BackupOptions, BackupRequest, BitmapAdd, BitmapMerge, BitmapMode, BitmapRef, BitmapSource,
+    OnError, Sync,
 };
 pub use nodes::{NodeInfo, NodeOptions};

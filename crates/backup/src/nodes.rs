@@ -110,7 +110,10 @@ impl Nodes {
     pub(crate) fn remove(&self, name: &str) -> Result<()> {
         let mut nodes = self.lock();
         let Some(node) = nodes.get(name) else {
-            return Err(Error::new(ErrorKind::NotFound, format!("Failed to find node with node-name='{name}'")));
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("Failed to find node with node-name='{name}'"),
+            ));
         };
         // One is the list's own.
         if Arc::strong_count(node) > 1 {
@@ -118,7 +121,9 @@ impl Nodes {
         }
         nodes.remove(name);
         // A child that was defined within its parent has a name that no client can give, and goes with it.
-        while let Some(orphan) = nodes.values().find(|node| is_own(&node.name) && Arc::strong_count(node) == 1) {
+        while let Some(orphan) =
+            nodes.values().find(|node| is_own(&node.name) && Arc::strong_count(node) == 1)
+        {
             let orphan = orphan.name.clone();
             nodes.remove(&orphan);
         }
@@ -135,7 +140,10 @@ impl Nodes {
             Some(name) => check_name(name)?,
             None => format!("#block{}", self.next.fetch_add(1, Ordering::Relaxed)),
         };
-        if self.lock().contains_key(&name) || disk_of(&name).is_some() || made.iter().any(|node| node.name == name) {
+        if self.lock().contains_key(&name)
+            || disk_of(&name).is_some()
+            || made.iter().any(|node| node.name == name)
+        {
             return Err(duplicate(&name));
         }
         let (driver, read_only) = (options.driver.name(), options.read_only);
@@ -166,13 +174,17 @@ impl Nodes {
             }
             Driver::Qcow2 { file, .. } => {
                 let file = child(file)?;
-                let image = writing::open_qcow2(file.storage()?, writable).context(|| format!("Node '{}'", file.name))?;
+                let image = writing::open_qcow2(file.storage()?, writable)
+                    .context(|| format!("Node '{}'", file.name))?;
                 let image = Arc::new(image);
                 Ok(Kind::Image { file, disk: Arc::clone(&image) as _, qcow2: Some(image) })
             }
             Driver::CopyBeforeWrite { file, target } => {
                 let Reference::Name(source) = file else {
-                    return Err(Error::new(ErrorKind::Unsupported, "the filter is put on a disk: name it as 'file'"));
+                    return Err(Error::new(
+                        ErrorKind::Unsupported,
+                        "the filter is put on a disk: name it as 'file'",
+                    ));
                 };
                 let disk = disk_of(&source).ok_or_else(|| no_node(&source))?;
                 Ok(Kind::CopyBeforeWrite(Arc::new(Filter::new(disk, child(target)?))))

@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use block::{ByteRange, DirtyBitmap, Error, ErrorKind, Result};
 use snapshot::{
-    BitmapLock, BitmapName, ClientId, CutRequest, DEFAULT_GRANULARITY, FreezePolicy, HostedJob, JobType, MarkChange, Pin,
-    Seat,
+    BitmapLock, BitmapName, ClientId, CutRequest, DEFAULT_GRANULARITY, FreezePolicy, HostedJob, JobType,
+    JobVerb, MarkChange, Pin, Seat,
 };
 
 use crate::actions::{Backups, Named};
@@ -84,6 +84,8 @@ struct Plan<'a> {
     /// Those that will show the disk as it is at the cut.
     filters: Vec<Arc<Filter>>,
     ready: Vec<Ready>,
+    /// The bitmaps of nodes as they will be.
+    staged: Vec<(Arc<Access>, NodeBitmaps)>,
 }
 
 impl<'a> Plan<'a> {
@@ -96,6 +98,7 @@ impl<'a> Plan<'a> {
             node_changes: Vec::new(),
             filters: Vec::new(),
             ready: Vec::new(),
+            staged: Vec::new(),
         }
     }
 
@@ -103,7 +106,9 @@ impl<'a> Plan<'a> {
         match action {
             Action::Abort {} => Err(invalid("Transaction aborted using Abort action")),
             Action::BlockDirtyBitmapAdd(add) => self.add_bitmap(add),
-            Action::BlockDirtyBitmapRemove(bitmap) => self.change(bitmap, MarkChange::Remove, Some(To::Removed)),
+            Action::BlockDirtyBitmapRemove(bitmap) => {
+                self.change(bitmap, MarkChange::Remove, Some(To::Removed))
+            }
             Action::BlockDirtyBitmapClear(bitmap) => self.change(bitmap, MarkChange::Clear, Some(To::Clean)),
             Action::BlockDirtyBitmapEnable(bitmap) => self.change(bitmap, MarkChange::Enable, None),
             Action::BlockDirtyBitmapDisable(bitmap) => self.change(bitmap, MarkChange::Disable, None),
@@ -131,7 +136,12 @@ impl<'a> Plan<'a> {
     }
 
     /// A change that takes a bitmap's name and nothing else. `to` is what it is for a node's; `None` for nothing.
-    fn change(&mut self, bitmap: BitmapRef, of_disk: fn(BitmapName) -> MarkChange, to: Option<To>) -> Result<()> {
+    fn change(
+        &mut self,
+        bitmap: BitmapRef,
+        of_disk: fn(BitmapName) -> MarkChange,
+        to: Option<To>,
+    ) -> Result<()> {
         match self.owner(&bitmap.node)? {
             Source::Disk(disk) => self.changes.push(of_disk(BitmapName { disk, name: bitmap.name })),
             Source::Access(access) => {
@@ -158,7 +168,8 @@ impl<'a> Plan<'a> {
                     )),
                 };
                 let sources = sources.into_iter().map(named).collect::<Result<_>>()?;
-                self.changes.push(MarkChange::Merge { target: BitmapName { disk, name: merge.target }, sources });
+                self.changes
+                    .push(MarkChange::Merge { target: BitmapName { disk, name: merge.target }, sources });
             }
             Source::Access(access) => {
                 // Read at the cut.
@@ -233,14 +244,14 @@ impl<'a> Plan<'a> {
         for filter in &self.filters {
             *filter.view() = View { pin: pins.get(&filter.disk).cloned(), used: true };
         }
-        self.change_nodes()?;
+        self.staged.iter().for_each(|(access, bitmaps)| access.bitmaps().clone_from(bitmaps));
         // All or none: what has begun is called off if another one can not.
-        let mut begun = Vec::new();
+        let mut begun: Vec<String> = Vec::new();
         for ready in std::mem::take(&mut self.ready) {
             let id = ready.seat.id().to_owned();
             if let Err(error) = begin(ready, &pins) {
-                for id in begun {
-                    let _ = self.backups.manager.ask_job(id, snapshot::JobVerb::Cancel);
+                for id in &begun {
+                    let _ = self.backups.manager.ask_job(id, JobVerb::Cancel);
                 }
                 return Err(error);
             }
@@ -249,52 +260,76 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// The cut, if one is needed, and the changes of the disks' bitmaps; the disks as they are at it.
+    /// The cut, if one is needed, and the changes of bitmaps, all or none; the disks as they are at it.
     fn take_cut(&mut self) -> Result<BTreeMap<String, Arc<Pin>>> {
         let manager = &self.backups.manager;
+        self.disks.extend(manager.disks_to_cut(&self.changes));
         if self.disks.is_empty() {
+            self.staged = self.stage(&[])?;
             manager.change_marks(&self.changes)?;
             return Ok(BTreeMap::new());
         }
-        self.disks.extend(self.changes.iter().flat_map(MarkChange::disks).map(str::to_owned));
         let disks = Some(self.disks.iter().cloned().collect());
         let request = CutRequest { snapshot: None, disks, freeze: Some(FreezePolicy::Never) };
-        let taken = manager.cut_with(request, &self.changes)?;
+        let mut staged = Vec::new();
+        let taken = manager.cut_reading(request, &self.changes, |pins| {
+            staged = self.stage(pins)?;
+            Ok(())
+        })?;
+        self.staged = staged;
         Ok(taken.pins.into_iter().map(|pin| (pin.id().to_owned(), Arc::new(pin))).collect())
     }
 
-    fn change_nodes(&self) -> Result<()> {
+    /// The bitmaps of nodes as they will be. `pins` are the disks at the cut.
+    fn stage(&self, pins: &[Pin]) -> Result<Vec<(Arc<Access>, NodeBitmaps)>> {
+        let mut staged: Vec<(Arc<Access>, NodeBitmaps)> = Vec::new();
         for NodeChange { access, name, to } in &self.node_changes {
             let merged = match to {
-                To::Merged(sources) => Some(self.merged(access, sources)?),
-                _ => None,
+                To::Merged(sources) => self.merged(access, sources, pins, &staged)?,
+                _ => Vec::new(),
             };
-            let mut bitmaps = access.bitmaps();
+            let place = staged.iter().position(|(known, _)| Arc::ptr_eq(known, access));
+            let place = place.unwrap_or_else(|| {
+                staged.push((Arc::clone(access), access.bitmaps().clone()));
+                staged.len() - 1
+            });
+            let Some((_, bitmaps)) = staged.get_mut(place) else { continue };
             match to {
                 To::Added { .. } if bitmaps.contains_key(name) => {
                     return Err(Error::new(ErrorKind::Busy, format!("Bitmap already exists: {name}")));
                 }
                 To::Added { granularity } => drop(bitmaps.insert(name.clone(), (*granularity, Vec::new()))),
                 To::Removed => drop(bitmaps.remove(name).ok_or_else(|| not_found(name))?),
-                To::Clean => entry(&mut bitmaps, name)?.clear(),
-                To::Merged(_) => entry(&mut bitmaps, name)?.extend(merged.unwrap_or_default()),
+                To::Clean => entry(bitmaps, name)?.clear(),
+                To::Merged(_) => entry(bitmaps, name)?.extend(merged),
             }
         }
-        Ok(())
+        Ok(staged)
     }
 
     /// What is dirty in any of these bitmaps, at the instant that the node shows.
-    fn merged(&self, access: &Access, sources: &[BitmapRef]) -> Result<Vec<ByteRange>> {
-        let pin = access.filter.view().pin.clone().ok_or_else(|| no_node(&access.filter.disk))?;
+    fn merged(
+        &self,
+        access: &Access,
+        sources: &[BitmapRef],
+        pins: &[Pin],
+        staged: &[(Arc<Access>, NodeBitmaps)],
+    ) -> Result<Vec<ByteRange>> {
+        let own = access.filter.view().pin.clone();
+        let cut = pins.iter().find(|pin| pin.id() == access.filter.disk);
+        let pin = cut.or(own.as_deref()).ok_or_else(|| no_node(&access.filter.disk))?;
         let mut merged = Vec::new();
         for source in sources {
             match self.owner(&source.node)? {
                 Source::Disk(disk) => {
-                    let dirty = self.backups.manager.bitmap_lock(&disk, &source.name)?.dirty(&pin)?;
+                    let dirty = self.backups.manager.bitmap_lock(&disk, &source.name)?.dirty(pin)?;
                     merged.extend(ranges(&dirty));
                 }
                 Source::Access(other) => {
-                    merged.extend(other.bitmaps().get(&source.name).ok_or_else(|| not_found(&source.name))?.1.iter());
+                    let known = staged.iter().find(|(known, _)| Arc::ptr_eq(known, &other));
+                    let bitmaps =
+                        known.map_or_else(|| other.bitmaps().clone(), |(_, bitmaps)| bitmaps.clone());
+                    merged.extend(&bitmaps.get(&source.name).ok_or_else(|| not_found(&source.name))?.1);
                 }
             }
         }
@@ -353,7 +388,9 @@ fn check(options: &BackupOptions) -> Result<()> {
         (Sync::Incremental, None, _) => {
             return Err(invalid("must provide a valid bitmap name for 'incremental' sync mode"));
         }
-        (Sync::Bitmap, None, _) => return Err(invalid("must provide a valid bitmap name for 'bitmap' sync mode")),
+        (Sync::Bitmap, None, _) => {
+            return Err(invalid("must provide a valid bitmap name for 'bitmap' sync mode"));
+        }
         (Sync::Incremental, Some(_), mode) if mode.is_some_and(|mode| mode != OnSuccess) => {
             return Err(invalid("Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"));
         }
@@ -361,13 +398,17 @@ fn check(options: &BackupOptions) -> Result<()> {
             return Err(invalid("Bitmap sync mode must be given when providing a bitmap"));
         }
         (Sync::Full | Sync::Top, Some(_), Some(Never)) => {
-            return Err(invalid("Bitmap sync mode 'never' has no meaningful effect when combined with a whole copy"));
+            return Err(invalid(
+                "Bitmap sync mode 'never' has no meaningful effect when combined with a whole copy",
+            ));
         }
         (_, None, Some(_)) => return Err(invalid("Cannot specify bitmap sync mode without a bitmap")),
         _ => {}
     }
     match options.compress {
-        true => unsupported("a backup can not be compressed yet: compress its file with `qemu-img convert -c`"),
+        true => {
+            unsupported("a backup can not be compressed yet: compress its file with `qemu-img convert -c`")
+        }
         false => Ok(()),
     }
 }

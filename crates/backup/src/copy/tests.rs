@@ -1,8 +1,9 @@
-use block::RawDisk;
 use block::testing::{FaultStorage, MemStorage};
+use block::{RawDisk, Storage};
 
 use super::*;
 
+const GRAIN: usize = super::GRAIN as usize;
 const SIZE: usize = 9 << 20;
 
 fn raw(bytes: &[u8]) -> (Arc<MemStorage>, Arc<dyn Disk>) {

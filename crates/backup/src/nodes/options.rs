@@ -29,13 +29,26 @@ pub(super) struct CacheOptions {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", tag = "driver")]
 pub(super) enum Driver {
-    File { filename: PathBuf },
+    File {
+        filename: PathBuf,
+    },
     #[serde(rename = "host_device")]
-    HostDevice { filename: PathBuf },
-    Raw { file: Reference },
-    Qcow2 { file: Reference },
-    CopyBeforeWrite { file: Reference, target: Reference },
-    SnapshotAccess { file: Reference },
+    HostDevice {
+        filename: PathBuf,
+    },
+    Raw {
+        file: Reference,
+    },
+    Qcow2 {
+        file: Reference,
+    },
+    CopyBeforeWrite {
+        file: Reference,
+        target: Reference,
+    },
+    SnapshotAccess {
+        file: Reference,
+    },
 }
 
 impl Driver {

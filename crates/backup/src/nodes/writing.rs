@@ -28,7 +28,8 @@ impl Writing {
         let (disk, qcow2) = match &node.kind {
             Kind::Image { disk, qcow2, .. } => (Arc::clone(disk), qcow2.clone()),
             _ => {
-                let story = format!("Node '{}' is not an image: put a format, raw or qcow2, on the file", node.name);
+                let story =
+                    format!("Node '{}' is not an image: put a format, raw or qcow2, on the file", node.name);
                 return refuse(ErrorKind::InvalidInput, story);
             }
         };

@@ -63,6 +63,11 @@ impl Manager {
 }
 
 impl Seat {
+    /// The job's id.
+    pub fn id(&self) -> &str {
+        self.entry.as_ref().map_or("", |entry| entry.job.id())
+    }
+
     /// Begins the work on a thread of its own.
     pub fn start(mut self, labor: Box<dyn Labor>) -> Result<()> {
         let Some(entry) = self.entry.clone() else { return Ok(()) };

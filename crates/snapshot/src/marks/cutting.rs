@@ -87,6 +87,16 @@ impl Manager {
     /// If the changes are not possible now, nothing is done. If the cut is made and they fail then, for want of room say, no
     /// mark has changed; the snapshot, if one was asked for, stands.
     pub fn cut_with(&self, request: CutRequest, changes: &[MarkChange]) -> Result<Taken> {
+        self.cut_reading(request, changes, |_| Ok(()))
+    }
+
+    /// The same; in between `read` may look at the marks as they were at the cut. If it fails, none is changed.
+    pub fn cut_reading(
+        &self,
+        request: CutRequest,
+        changes: &[MarkChange],
+        read: impl FnOnce(&[Pin]) -> Result<()>,
+    ) -> Result<Taken> {
         let _change = self.begin()?;
         let (cut, group) = self.plan(request)?;
         let disks = group.disks.clone();
@@ -94,11 +104,13 @@ impl Manager {
         let record = cut.take(Box::new(group))?;
         // A seal that failed is tried again: a mark must not name an instant that a loss of power would change.
         self.finish_seals(disks.iter())?;
+        let pins = {
+            let draft = Draft::new(&self.store);
+            let ids = disks.iter().map(|disk| disk.chain.id());
+            ids.map(|id| self.pin(&draft.manifest, id)).collect::<Result<Vec<_>>>()?
+        };
+        read(&pins)?;
         let mut draft = Draft::new(&self.store);
-        let mut pins = Vec::new();
-        for disk in &disks {
-            pins.push(self.pin(&draft.manifest, disk.chain.id())?);
-        }
         if !changes.is_empty() {
             let cuts: BTreeMap<_, _> = pins.iter().map(|pin| (pin.id.clone(), pin.instant)).collect();
             let told = checkpoint(&record, &cuts);
@@ -111,16 +123,20 @@ impl Manager {
     /// Makes changes of marks, in one piece and in order: at a cut of the disks that need one, or at once. The guest agent
     /// is not asked.
     pub fn change_marks(&self, changes: &[MarkChange]) -> Result<()> {
-        let mut draft = Draft::new(&self.store);
-        let disks = self.to_be_cut(&draft.manifest, changes);
+        let disks = self.disks_to_cut(changes);
         if disks.is_empty() {
+            let mut draft = Draft::new(&self.store);
             self.changer(&BTreeMap::new(), None, false).make(&mut draft, changes)?;
             return draft.commit(|_| Ok(()));
         }
-        drop(draft);
         let freeze = Some(FreezePolicy::Never);
         let request = CutRequest { snapshot: None, disks: Some(disks.into_iter().collect()), freeze };
         self.cut_with(request, changes).map(drop)
+    }
+
+    /// The disks that have to be cut for these changes.
+    pub fn disks_to_cut(&self, changes: &[MarkChange]) -> BTreeSet<String> {
+        self.to_be_cut(&Draft::new(&self.store).manifest, changes)
     }
 
     fn to_be_cut(&self, manifest: &Manifest, changes: &[MarkChange]) -> BTreeSet<String> {
