@@ -31,7 +31,7 @@ async def queries(client: QMPClient) -> None:
     disks = await client.execute("query-block")
     assert [disk["device"] for disk in disks] == ["vda"], disks
     nodes = await client.execute("query-named-block-nodes")
-    assert [node["node-name"] for node in nodes] == ["vda.1", "vda.0"], nodes
+    assert [node["node-name"] for node in nodes] == ["vda", "vda.1", "vda.0", "target"], nodes
 
 
 async def snapshots(client: QMPClient) -> None:

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use block::{Error, ErrorKind, Result};
-use snapshot::{BitmapInfo, ClientId, CutRequest, FreezePolicy, Manager, Pin};
+use snapshot::{CutRequest, FreezePolicy, Manager, Pin};
 
-use crate::model::{Action, BackupRequest};
 use crate::nodes::{Filter, Kind, Node, NodeInfo, NodeOptions, Nodes, View, no_node};
 
 /// Where a disk stands in QEMU's tree of objects: clients find it as `qdev` in `query-block`.
@@ -31,11 +30,6 @@ impl Backups {
         Self { manager, nodes: Nodes::default() }
     }
 
-    /// The disks and their jobs.
-    pub fn manager(&self) -> &Manager {
-        &self.manager
-    }
-
     /// `blockdev-add`. Opens what the node needs.
     pub fn add_node(&self, options: NodeOptions) -> Result<()> {
         self.nodes.add(options, &|name| self.disk_of(name))
@@ -52,11 +46,6 @@ impl Backups {
     /// The nodes that were added.
     pub fn nodes(&self) -> Vec<NodeInfo> {
         self.nodes.list().iter().map(|node| node.info()).collect()
-    }
-
-    /// `blockdev-backup`: begins to copy.
-    pub fn backup(&self, request: BackupRequest, client: Option<ClientId>) -> Result<()> {
-        self.transaction(vec![Action::BlockdevBackup(request)], client)
     }
 
     /// `qom-set` of a disk's `drive`: puts a filter on the disk, or takes it off again. Putting it on is a cut.
@@ -80,11 +69,6 @@ impl Backups {
         }
         let story = format!("'{value}' is neither the disk nor a copy-before-write node on it");
         Err(Error::new(ErrorKind::Unsupported, story))
-    }
-
-    /// The bitmaps of a disk, as `query-block` shows them.
-    pub fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>> {
-        self.manager.bitmaps(disk)
     }
 
     /// Where a disk stands among QEMU's objects.

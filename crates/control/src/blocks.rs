@@ -1,17 +1,22 @@
 //! The disks in the words of QEMU's `query-block` and `query-named-block-nodes` (`qapi/block-core.json`).
 //!
-//! Each layer of a chain is a node. Members that QEMU declares optional and Frazil has nothing to say about are left
+//! A disk is shown as one node that bears its id, whatever layers it is made of: to a client that knows QEMU's block layer it
+//! is what a disk without snapshots is there, and stays the same when layers come and go. The layers are nodes of their own,
+//! and so is what clients have added. Members that QEMU declares optional and Frazil has nothing to say about are left
 //! out; throttling, which Frazil has not, is shown as off.
 
+use backup::{Backups, NodeInfo};
 use block::{Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use serde::Serialize;
-use snapshot::{DiskStatus, ImageFormat};
+use snapshot::{BitmapInfo, DiskStatus, ImageFormat};
 
 /// QEMU's `BlockInfo`: a disk as a guest sees it.
 #[derive(Debug, Serialize)]
 pub(crate) struct BlockInfo {
     device: String,
+    /// Where it stands in QEMU's tree of objects.
+    qdev: String,
     r#type: &'static str,
     removable: bool,
     locked: bool,
@@ -28,7 +33,7 @@ pub(crate) struct BlockDeviceInfo {
     #[serde(rename = "node-name")]
     node_name: String,
     ro: bool,
-    drv: ImageFormat,
+    drv: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     backing_file: Option<String>,
     backing_file_depth: usize,
@@ -44,6 +49,8 @@ pub(crate) struct BlockDeviceInfo {
     image: ImageInfo,
     cache: BlockdevCacheInfo,
     write_threshold: u64,
+    #[serde(rename = "dirty-bitmaps", skip_serializing_if = "Vec::is_empty")]
+    dirty_bitmaps: Vec<BitmapInfo>,
 }
 
 /// QEMU's `BlockdevCacheInfo`: flushes are needed, and heeded.
@@ -60,26 +67,26 @@ struct BlockdevCacheInfo {
 #[serde(rename_all = "kebab-case")]
 struct ImageInfo {
     filename: String,
-    format: ImageFormat,
+    format: &'static str,
     virtual_size: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     actual_size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     backing_filename: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    backing_filename_format: Option<ImageFormat>,
+    backing_filename_format: Option<&'static str>,
 }
 
-/// A disk with its active layer.
-pub(crate) fn block_info(disk: &DiskStatus) -> BlockInfo {
-    let top = disk.layers.len().checked_sub(1);
+/// A disk and its bitmaps.
+pub(crate) fn block_info(disk: &DiskStatus, bitmaps: Vec<BitmapInfo>) -> BlockInfo {
     BlockInfo {
         device: disk.id.clone(),
+        qdev: Backups::qdev(&disk.id),
         // For compatibility; QEMU says the same of every disk.
         r#type: "unknown",
         removable: false,
         locked: false,
-        inserted: top.and_then(|top| node(disk, top)),
+        inserted: whole(disk, bitmaps),
         // As in QEMU: absent where no error can make requests wait.
         io_status: (disk.write_errors != WriteErrors::Report).then_some(disk.io_status),
     }
@@ -90,8 +97,34 @@ pub(crate) fn nodes(disk: &DiskStatus) -> impl Iterator<Item = BlockDeviceInfo> 
     (0..disk.layers.len()).rev().filter_map(|depth| node(disk, depth))
 }
 
-/// The disk whose active layer is the node of this name: the only one that may be resized.
+/// A disk as one node. Its file is that of the active layer, for clients have a look at it.
+pub(crate) fn whole(disk: &DiskStatus, dirty_bitmaps: Vec<BitmapInfo>) -> Option<BlockDeviceInfo> {
+    let mut whole = node(disk, disk.layers.len().checked_sub(1)?)?;
+    (whole.node_name, whole.dirty_bitmaps) = (disk.id.clone(), dirty_bitmaps);
+    (whole.backing_file, whole.backing_file_depth) = (None, 0);
+    (whole.image.backing_filename, whole.image.backing_filename_format) = (None, None);
+    Some(whole)
+}
+
+/// A node that a client has added.
+pub(crate) fn added(node: NodeInfo) -> BlockDeviceInfo {
+    let filename = node.filename.to_string_lossy().into_owned();
+    let image = ImageInfo {
+        filename: filename.clone(),
+        format: node.driver,
+        virtual_size: node.virtual_size,
+        actual_size: None,
+        backing_filename: None,
+        backing_filename_format: None,
+    };
+    device_info(filename, node.node_name, node.read_only, image, false)
+}
+
+/// The disk that the node of this name is, or whose active layer: all else can not be resized.
 pub(crate) fn device_of(disks: &[DiskStatus], node: &str) -> Result<String> {
+    if disks.iter().any(|disk| disk.id == node) {
+        return Ok(node.to_owned());
+    }
     let names = |disk: &&DiskStatus| nodes(disk).any(|found| found.node_name == node);
     let missing = || Error::new(ErrorKind::NotFound, format!("there is no node '{node}'"));
     let disk = disks.iter().find(names).ok_or_else(missing)?;
@@ -109,13 +142,29 @@ fn node(disk: &DiskStatus, depth: usize) -> Option<BlockDeviceInfo> {
     let filename = layer.path.to_string_lossy().into_owned();
     let backing = depth.checked_sub(1).and_then(|below| disk.layers.get(below));
     let backing_file = backing.map(|backing| backing.path.to_string_lossy().into_owned());
-    Some(BlockDeviceInfo {
-        file: filename.clone(),
-        node_name: layer.node_name.clone(),
-        ro: disk.read_only || depth + 1 < disk.layers.len(),
-        drv: layer.format,
-        backing_file: backing_file.clone(),
-        backing_file_depth: depth,
+    let image = ImageInfo {
+        filename: filename.clone(),
+        format: format(layer.format),
+        virtual_size: layer.virtual_size,
+        actual_size: layer.actual_size,
+        backing_filename: backing_file.clone(),
+        backing_filename_format: backing.map(|backing| format(backing.format)),
+    };
+    let read_only = disk.read_only || depth + 1 < disk.layers.len();
+    let direct = disk.cache == Cache::None;
+    let info = device_info(filename, layer.node_name.clone(), read_only, image, direct);
+    Some(BlockDeviceInfo { backing_file, backing_file_depth: depth, ..info })
+}
+
+/// A node with nothing beneath it.
+fn device_info(file: String, node_name: String, ro: bool, image: ImageInfo, direct: bool) -> BlockDeviceInfo {
+    BlockDeviceInfo {
+        file,
+        node_name,
+        ro,
+        drv: image.format,
+        backing_file: None,
+        backing_file_depth: 0,
         active: true,
         encrypted: false,
         detect_zeroes: "off",
@@ -125,15 +174,16 @@ fn node(disk: &DiskStatus, depth: usize) -> Option<BlockDeviceInfo> {
         iops: 0,
         iops_rd: 0,
         iops_wr: 0,
-        image: ImageInfo {
-            filename,
-            format: layer.format,
-            virtual_size: layer.virtual_size,
-            actual_size: layer.actual_size,
-            backing_filename: backing_file,
-            backing_filename_format: backing.map(|backing| backing.format),
-        },
-        cache: BlockdevCacheInfo { writeback: true, direct: disk.cache == Cache::None, no_flush: false },
+        image,
+        cache: BlockdevCacheInfo { writeback: true, direct, no_flush: false },
         write_threshold: 0,
-    })
+        dirty_bitmaps: Vec::new(),
+    }
+}
+
+fn format(format: ImageFormat) -> &'static str {
+    match format {
+        ImageFormat::Raw => "raw",
+        ImageFormat::Qcow2 => "qcow2",
+    }
 }

@@ -1,5 +1,6 @@
 //! The commands: what each does. What it takes and returns is in the schema, and has been checked before it runs.
 
+mod blockdev;
 mod disks;
 mod jobs;
 mod marks;
@@ -43,9 +44,16 @@ pub(crate) type Command = (&'static str, fn(&Caller<'_>, Arguments) -> Outcome);
 
 /// All of them. The schema has the same; a test compares the two.
 pub(crate) fn all() -> impl Iterator<Item = &'static Command> {
-    [protocol::COMMANDS, disks::COMMANDS, snapshots::COMMANDS, marks::COMMANDS, jobs::COMMANDS]
-        .into_iter()
-        .flatten()
+    [
+        protocol::COMMANDS,
+        disks::COMMANDS,
+        snapshots::COMMANDS,
+        marks::COMMANDS,
+        jobs::COMMANDS,
+        blockdev::COMMANDS,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// Runs a request. `negotiated` is whether the client has left the negotiation, and becomes true when it does.

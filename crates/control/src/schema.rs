@@ -25,6 +25,7 @@ pub(crate) const FILES: &[&str] = &[
     include_str!("../../../docs/qapi/snapshots.json"),
     include_str!("../../../docs/qapi/marks.json"),
     include_str!("../../../docs/qapi/jobs.json"),
+    include_str!("../../../docs/qapi/blockdev.json"),
 ];
 
 /// The schema of this program.

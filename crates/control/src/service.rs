@@ -4,11 +4,13 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use backup::{Action, NodeInfo, NodeOptions};
 use block::Result;
 use serde::{Deserialize, Serialize};
 use snapshot::{
-    BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, CommitRequest, CreateRequest, DeleteRequest,
-    DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo, JobVerb, SnapshotRecord, StreamRequest,
+    BitmapInfo, BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, ClientId, CommitRequest,
+    CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo, JobVerb,
+    SnapshotRecord, StreamRequest,
 };
 
 /// The daemon, as its clients see it. Every method may be called from several threads at once and may take its time:
@@ -89,6 +91,24 @@ pub trait Service: Send + Sync {
 
     /// Makes a disk larger while it is served, and tells its front-end. `size` is in bytes.
     fn resize(&self, disk: &str, size: u64) -> Result<()>;
+
+    /// Adds a block node.
+    fn add_node(&self, options: NodeOptions) -> Result<()>;
+
+    /// Removes one.
+    fn remove_node(&self, name: &str) -> Result<()>;
+
+    /// The nodes that were added.
+    fn nodes(&self) -> Vec<NodeInfo>;
+
+    /// Puts a filter on the disk at `path` of QEMU's object tree, or takes it off: `node` is what the disk is to be.
+    fn set_drive(&self, path: &str, node: &str) -> Result<()>;
+
+    /// Does all actions at one instant, or none.
+    fn transaction(&self, actions: Vec<Action>, client: ClientId) -> Result<()>;
+
+    /// The dirty bitmaps of a disk.
+    fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>>;
 
     /// Has all requests tried again that wait for the host.
     fn resume(&self);

@@ -6,13 +6,15 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use backup::{Action, NodeInfo, NodeOptions};
 use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
-    BlockJobInfo, Changes, CheckpointDisk, CheckpointRecord, CheckpointRequest, CommitRequest, CreateRequest,
-    DeleteRequest, DiskLayer, DiskProbe, DiskStatus, Event, FreezeOwner, Grade, ImageFormat, JobInfo,
-    JobOptions, JobStatus, JobType, JobVerb, SnapshotDisk, SnapshotRecord, StreamRequest, Timing,
+    BitmapInfo, BlockJobInfo, Changes, CheckpointDisk, CheckpointRecord, CheckpointRequest, ClientId,
+    CommitRequest, CreateRequest, DeleteRequest, DiskLayer, DiskProbe, DiskStatus, Event, FreezeOwner, Grade,
+    ImageFormat, JobInfo, JobOptions, JobStatus, JobType, JobVerb, SnapshotDisk, SnapshotRecord,
+    StreamRequest, Timing,
 };
 use time::OffsetDateTime;
 
@@ -321,6 +323,39 @@ impl Service for Fake {
         }
         self.lock().capacity = Some(size);
         Ok(())
+    }
+
+    fn add_node(&self, _options: NodeOptions) -> Result<()> {
+        Ok(())
+    }
+
+    fn remove_node(&self, _name: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn nodes(&self) -> Vec<NodeInfo> {
+        let (node_name, filename) = ("target".to_owned(), PathBuf::from("/backups/vda.raw"));
+        vec![NodeInfo { node_name, driver: "raw", filename, virtual_size: 1 << 30, read_only: false }]
+    }
+
+    fn set_drive(&self, _path: &str, _node: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn transaction(&self, _actions: Vec<Action>, _client: ClientId) -> Result<()> {
+        Ok(())
+    }
+
+    fn bitmaps(&self, _disk: &str) -> Result<Vec<BitmapInfo>> {
+        Ok(vec![BitmapInfo {
+            name: "b".to_owned(),
+            count: 1 << 16,
+            granularity: 1 << 16,
+            recording: true,
+            busy: false,
+            persistent: true,
+            inconsistent: false,
+        }])
     }
 
     fn resume(&self) {

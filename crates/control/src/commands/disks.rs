@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 use serde_json::json;
+use snapshot::DiskStatus;
 
 use super::{Arguments, Caller, Command, Outcome, nothing, typed, value};
 use crate::blocks;
@@ -36,11 +37,19 @@ fn query_frazil(caller: &Caller<'_>, _: Arguments) -> Outcome {
 }
 
 fn query_block(caller: &Caller<'_>, _: Arguments) -> Outcome {
-    value(&caller.service.disks().iter().map(blocks::block_info).collect::<Vec<_>>())
+    let info = |disk: DiskStatus| Ok(blocks::block_info(&disk, caller.service.bitmaps(&disk.id)?));
+    value(&caller.service.disks().into_iter().map(info).collect::<block::Result<Vec<_>>>()?)
 }
 
+/// The disks, their layers, and what was added. Nodes do not hold others here, so `flat` makes no difference.
 fn query_nodes(caller: &Caller<'_>, _: Arguments) -> Outcome {
-    value(&caller.service.disks().iter().flat_map(blocks::nodes).collect::<Vec<_>>())
+    let mut nodes = Vec::new();
+    for disk in caller.service.disks() {
+        nodes.extend(blocks::whole(&disk, caller.service.bitmaps(&disk.id)?));
+        nodes.extend(blocks::nodes(&disk));
+    }
+    nodes.extend(caller.service.nodes().into_iter().map(blocks::added));
+    value(&nodes)
 }
 
 fn resize(caller: &Caller<'_>, arguments: Arguments) -> Outcome {

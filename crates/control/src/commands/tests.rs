@@ -154,26 +154,38 @@ fn the_disks_are_shown_as_qemu_shows_them() {
     let disks = run_one("query-block", json!({})).unwrap();
     let inserted = &disks[0]["inserted"];
     assert_eq!(disks[0]["device"], "vda");
+    assert_eq!(disks[0]["qdev"], "/machine/peripheral/vda/virtio-backend");
+    assert_eq!(inserted["node-name"], "vda", "it keeps its name, whatever its layers");
     assert_eq!(inserted["file"], "/images/vda.1.qcow2");
     assert_eq!(inserted["ro"], false);
-    assert_eq!(inserted["backing_file_depth"], 1);
-    assert_eq!(inserted["image"]["backing-filename"], "/images/base.raw");
-    assert_eq!(inserted["image"]["virtual-size"], 1 << 30);
-    assert_eq!(inserted["image"]["actual-size"], 8192);
-    assert_eq!(inserted["cache"], json!({"writeback": true, "direct": true, "no-flush": false}));
-    let nodes = run_one("query-named-block-nodes", json!({})).unwrap();
-    assert_eq!(nodes[0], *inserted);
+    assert_eq!(inserted["backing_file_depth"], 0);
     assert_eq!(
-        (&nodes[1]["node-name"], &nodes[1]["ro"], &nodes[1]["drv"]),
+        (&inserted["backing_file"], &inserted["image"]["backing-filename"]),
+        (&json!(null), &json!(null))
+    );
+    assert_eq!(inserted["image"]["virtual-size"], 1 << 30);
+    assert_eq!(inserted["cache"], json!({"writeback": true, "direct": true, "no-flush": false}));
+    assert_eq!(inserted["dirty-bitmaps"][0]["name"], "b");
+    let nodes = run_one("query-named-block-nodes", json!({"flat": true})).unwrap();
+    assert_eq!(nodes[0], *inserted);
+    assert_eq!(nodes[1]["image"]["backing-filename"], "/images/base.raw");
+    assert_eq!(nodes[1]["backing_file_depth"], 1);
+    assert_eq!(
+        (&nodes[2]["node-name"], &nodes[2]["ro"], &nodes[2]["drv"]),
         (&json!("vda.0"), &json!(true), &json!("raw"))
     );
+    assert_eq!((&nodes[3]["node-name"], &nodes[3]["drv"]), (&json!("target"), &json!("raw")));
     assert_eq!(run_one("query-status", json!({})).unwrap(), json!({"running": true, "status": "running"}));
 }
 
 #[test]
 fn a_disk_is_resized_by_its_name_or_by_that_of_its_active_layer() {
     let size = 2_u64 << 30;
-    for arguments in [json!({"device": "vda", "size": size}), json!({"node-name": "vda.1", "size": size})] {
+    for arguments in [
+        json!({"device": "vda", "size": size}),
+        json!({"node-name": "vda.1", "size": size}),
+        json!({"node-name": "vda", "size": size}),
+    ] {
         let (service, _events) = Fake::new();
         run_all(&service, true, &[json!({"execute": "block_resize", "arguments": arguments})]).unwrap();
         assert_eq!(service.disks()[0].capacity, size);

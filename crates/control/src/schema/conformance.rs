@@ -166,6 +166,20 @@ fn what_commands_return_is_what_is_documented() {
         ("block-job-cancel", json!({"device": "j", "force": true})),
         ("block-job-dismiss", json!({"id": "up"})),
         ("job-dismiss", json!({"id": "j"})),
+        ("blockdev-add", json!({"driver": "file", "node-name": "f", "filename": "/x"})),
+        ("qom-set", json!({"path": "vda", "property": "drive", "value": "f"})),
+        ("blockdev-backup", json!({"device": "vda", "target": "f", "sync": "full"})),
+        ("block-dirty-bitmap-add", json!({"node": "vda", "name": "b"})),
+        ("block-dirty-bitmap-clear", json!({"node": "vda", "name": "b"})),
+        ("block-dirty-bitmap-enable", json!({"node": "vda", "name": "b"})),
+        ("block-dirty-bitmap-disable", json!({"node": "vda", "name": "b"})),
+        (
+            "block-dirty-bitmap-merge",
+            json!({"node": "vda", "target": "b", "bitmaps": ["c", {"node": "x", "name": "d"}]}),
+        ),
+        ("block-dirty-bitmap-remove", json!({"node": "vda", "name": "b"})),
+        ("transaction", json!({"actions": [{"type": "abort", "data": {}}]})),
+        ("blockdev-del", json!({"node-name": "f"})),
         ("quit", json!({})),
     ];
     for (name, arguments) in &calls {

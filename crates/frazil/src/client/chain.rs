@@ -1,10 +1,10 @@
 //! `frazil chain`: the layers of disks, and the jobs that merge them.
 
 use serde_json::json;
-use snapshot::{CommitRequest, StreamRequest};
+use snapshot::{CommitRequest, DiskLayer, DiskStatus, StreamRequest};
 
 use super::jobs::{follow, options};
-use super::print::show_or_json;
+use super::print::{decode, show_or_json};
 use super::table;
 use super::via::{Connection, Via};
 use crate::cli::Chain;
@@ -15,8 +15,11 @@ pub(crate) fn chain(command: Chain) -> Result<(), Failure> {
     match command {
         Chain::List { daemon, output } => {
             let what = "list the layers";
-            let nodes = Connection::open(&daemon)?.ask(what, "query-named-block-nodes", json!({}))?;
-            show_or_json(output, &nodes, |nodes: &Vec<_>| table::nodes(nodes))
+            let status = Connection::open(&daemon)?.ask(what, "query-frazil", json!({}))?;
+            let disks: Vec<DiskStatus> = decode(what, &status["disks"])?;
+            // The active layer of each disk first.
+            let layers: Vec<_> = disks.iter().flat_map(|disk| disk.layers.iter().rev()).collect();
+            show_or_json(output, &json!(layers), |layers: &Vec<DiskLayer>| table::layers(layers))
         }
         Chain::Commit { disk, base, top, job, place } => {
             let ((base, base_node), (top, top_node)) = (layer(base), layer(top));

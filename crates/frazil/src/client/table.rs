@@ -4,7 +4,7 @@ use block::IoStatus;
 use comfy_table::{CellAlignment, Table, presets};
 use control::DaemonStatus;
 use serde::{Deserialize, Serialize};
-use snapshot::{CheckpointRecord, DiskProbe, DiskStatus, Grade, JobInfo, SnapshotRecord, Timing};
+use snapshot::{CheckpointRecord, DiskLayer, DiskProbe, DiskStatus, Grade, JobInfo, SnapshotRecord, Timing};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -189,35 +189,12 @@ pub(super) fn jobs(jobs: &[JobInfo]) -> String {
     table(&["JOB", "TYPE", "STATUS", "COPIED", "OF", "ERROR"], rows, &[3, 4])
 }
 
-/// A layer, as far as it is shown.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) struct Node {
-    node_name: String,
-    drv: String,
-    image: NodeImage,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct NodeImage {
-    filename: String,
-    virtual_size: u64,
-    actual_size: Option<u64>,
-}
-
 /// `frazil chain list`.
-pub(super) fn nodes(nodes: &[Node]) -> String {
-    let rows = nodes.iter().map(|node| {
-        let image = &node.image;
-        let taken = image.actual_size.map_or_else(|| "-".to_owned(), bytes);
-        vec![
-            node.node_name.clone(),
-            node.drv.clone(),
-            bytes(image.virtual_size),
-            taken,
-            image.filename.clone(),
-        ]
+pub(super) fn layers(layers: &[DiskLayer]) -> String {
+    let rows = layers.iter().map(|layer| {
+        let taken = layer.actual_size.map_or_else(|| "-".to_owned(), bytes);
+        let (format, file) = (word(&layer.format), layer.path.display().to_string());
+        vec![layer.node_name.clone(), format, bytes(layer.virtual_size), taken, file]
     });
     table(&["NODE", "FORMAT", "SIZE", "TAKEN", "FILE"], rows, &[2, 3])
 }

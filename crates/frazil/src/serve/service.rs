@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
+use backup::{Action, Backups, NodeInfo, NodeOptions};
 use block::Result;
 use control::{DaemonStatus, Service};
 use snapshot::{
-    BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, CommitRequest, CreateRequest, DeleteRequest,
-    DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo, JobVerb, Manager, Point, SnapshotRecord,
-    StreamRequest,
+    BitmapInfo, BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, ClientId, CommitRequest,
+    CreateRequest, DeleteRequest, DiskProbe, DiskStatus, FreezeOwner, ImageFormat, JobInfo, JobVerb, Manager,
+    Point, SnapshotRecord, StreamRequest,
 };
 use tracing::info;
 use vhost_blk::Notifier;
@@ -23,6 +24,7 @@ use crate::config::Config;
 /// What clients see.
 pub(super) struct Daemon {
     manager: Arc<Manager>,
+    backups: Backups,
     started: Instant,
     state: PathBuf,
     freeze_owner: FreezeOwner,
@@ -41,6 +43,7 @@ impl Daemon {
         stop: Sender<Stop>,
     ) -> Self {
         Self {
+            backups: Backups::new(Arc::clone(&manager)),
             manager,
             started: Instant::now(),
             state: config.state.clone(),
@@ -52,8 +55,10 @@ impl Daemon {
     }
 
     pub(super) fn offline(manager: Manager, state: &Path) -> Self {
+        let manager = Arc::new(manager);
         Self {
-            manager: Arc::new(manager),
+            backups: Backups::new(Arc::clone(&manager)),
+            manager,
             started: Instant::now(),
             state: state.to_owned(),
             freeze_owner: FreezeOwner::None,
@@ -159,6 +164,30 @@ impl Service for Daemon {
         let told = self.notifiers.get(disk).is_some_and(Notifier::resized);
         info!(disk, size, told, "a disk has been resized");
         Ok(())
+    }
+
+    fn add_node(&self, options: NodeOptions) -> Result<()> {
+        self.backups.add_node(options)
+    }
+
+    fn remove_node(&self, name: &str) -> Result<()> {
+        self.backups.remove_node(name)
+    }
+
+    fn nodes(&self) -> Vec<NodeInfo> {
+        self.backups.nodes()
+    }
+
+    fn set_drive(&self, path: &str, node: &str) -> Result<()> {
+        self.backups.set_drive(path, node)
+    }
+
+    fn transaction(&self, actions: Vec<Action>, client: ClientId) -> Result<()> {
+        self.backups.transaction(actions, Some(client))
+    }
+
+    fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>> {
+        self.manager.bitmaps(disk)
     }
 
     fn resume(&self) {

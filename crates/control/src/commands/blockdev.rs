@@ -1,0 +1,103 @@
+//! Nodes, bitmaps and backups, as QEMU's block layer has them.
+
+use backup::{Action, NodeOptions};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::{Arguments, Caller, Command, Outcome, nothing, typed};
+use crate::error::CommandError;
+
+pub(super) const COMMANDS: &[Command] = &[
+    ("blockdev-add", add),
+    ("blockdev-del", remove),
+    ("qom-set", set_property),
+    ("blockdev-backup", |caller, arguments| single(caller, arguments, Action::BlockdevBackup)),
+    ("block-dirty-bitmap-add", |caller, arguments| single(caller, arguments, Action::BlockDirtyBitmapAdd)),
+    ("block-dirty-bitmap-remove", |caller, arguments| {
+        single(caller, arguments, Action::BlockDirtyBitmapRemove)
+    }),
+    ("block-dirty-bitmap-clear", |caller, arguments| {
+        single(caller, arguments, Action::BlockDirtyBitmapClear)
+    }),
+    ("block-dirty-bitmap-enable", |caller, arguments| {
+        single(caller, arguments, Action::BlockDirtyBitmapEnable)
+    }),
+    ("block-dirty-bitmap-disable", |caller, arguments| {
+        single(caller, arguments, Action::BlockDirtyBitmapDisable)
+    }),
+    ("block-dirty-bitmap-merge", |caller, arguments| {
+        single(caller, arguments, Action::BlockDirtyBitmapMerge)
+    }),
+    ("transaction", transaction),
+];
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Node {
+    node_name: String,
+}
+
+#[derive(Deserialize)]
+struct Property {
+    path: String,
+    property: String,
+    value: Value,
+}
+
+#[derive(Deserialize)]
+struct Transaction {
+    actions: Vec<Action>,
+    #[serde(default)]
+    properties: Properties,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Properties {
+    completion_mode: Option<String>,
+}
+
+fn add(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
+    caller.service.add_node(typed::<NodeOptions>(arguments)?)?;
+    nothing()
+}
+
+/// In QEMU, too, a node that is not there is a `GenericError`.
+fn remove(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
+    let Node { node_name } = typed(arguments)?;
+    caller.service.remove_node(&node_name).map_err(|error| CommandError::generic(error.to_string()))?;
+    nothing()
+}
+
+fn set_property(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
+    let Property { path, property, value } = typed(arguments)?;
+    match (property.as_str(), &value) {
+        ("drive", Value::String(node)) => {
+            caller.service.set_drive(&path, node)?;
+            nothing()
+        }
+        ("drive", _) => Err(CommandError::generic("Invalid parameter type for 'drive', expected: string")),
+        (property, _) => Err(CommandError::generic(format!("Property '{path}.{property}' not found"))),
+    }
+}
+
+/// A command that is a transaction of one action.
+fn single<T: DeserializeOwned>(
+    caller: &Caller<'_>,
+    arguments: Arguments,
+    action: fn(T) -> Action,
+) -> Outcome {
+    caller.service.transaction(vec![action(typed(arguments)?)], caller.client)?;
+    nothing()
+}
+
+fn transaction(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
+    let Transaction { actions, properties } = typed(arguments)?;
+    if properties.completion_mode.is_some_and(|mode| mode == "grouped") {
+        let story = "completion-mode 'grouped' is not there: each job ends by itself";
+        return Err(CommandError::generic(story));
+    }
+    caller.service.transaction(actions, caller.client)?;
+    Ok(json!({}))
+}
