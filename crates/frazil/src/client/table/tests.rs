@@ -103,8 +103,8 @@ fn the_status_leads_with_a_thaw_that_is_owed_and_lists_the_disks() {
             "id": "vda", "capacity": 8_u64 << 30, "read-only": false, "connected": true,
             "cache": "writeback", "werror": "enospc", "io-status": "nospace", "parked": 3,
             "layers": [
-                { "node-name": "vda.0", "path": "/img/root.img", "format": "raw" },
-                { "node-name": "vda.1", "path": "/img/root.vda-000001.qcow2", "format": "qcow2" },
+                { "node-name": "vda.0", "virtual-size": 1024, "path": "/img/root.img", "format": "raw" },
+                { "node-name": "vda.1", "virtual-size": 1024, "path": "/img/root.vda-000001.qcow2", "format": "qcow2" },
             ],
         }],
     })));
