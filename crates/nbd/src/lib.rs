@@ -35,6 +35,7 @@ mod execute;
 mod export;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+mod inherited;
 mod listen;
 mod negotiate;
 mod proto;
@@ -47,6 +48,7 @@ mod wire;
 
 pub use context::{BitmapContext, Extents, MetaContext, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
 pub use export::{Export, ExportStatus, Removal};
+pub use inherited::inherited;
 pub use listen::Address;
 pub use server::{Config, Server};
 pub use tls::Tls;
