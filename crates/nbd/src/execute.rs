@@ -171,7 +171,7 @@ impl Transmission {
             };
             let ends = push_heads(&mut head, to, piece, &chunks, done);
             let mut parts = interleave(&head, &ends, &chunks, bytes);
-            self.wire.send(&mut self.outgoing(), &mut parts)?;
+            self.send(&mut parts)?;
         }
         Ok(())
     }
@@ -246,7 +246,7 @@ impl Transmission {
             }
             let mut out = Vec::new();
             to.push_status(&mut out, id as u32, extents.list(), id + 1 == self.contexts.len());
-            self.wire.send(&mut self.outgoing(), &mut [IoSlice::new(&out)])?;
+            self.send(&mut [IoSlice::new(&out)])?;
         }
         Ok(())
     }
@@ -254,7 +254,7 @@ impl Transmission {
     fn reply(&self, to: To, result: Answer<()>) -> io::Result<()> {
         let mut out = Vec::with_capacity(64);
         to.push_end(&mut out, result);
-        self.wire.send(&mut self.outgoing(), &mut [IoSlice::new(&out)])
+        self.send(&mut [IoSlice::new(&out)])
     }
 
     /// The story is for us; the client is told no more than the kind.

@@ -17,8 +17,8 @@
 //! - No extent of the disk, and no lock but that of the replies, is held while the socket is waited for.
 //! - A reply is sent in one go, or in chunks that say whose they are; replies of several threads do not mix.
 
-use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::io::{self, IoSlice};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -78,6 +78,8 @@ pub(crate) struct Transmission {
     left: Condvar,
     /// Requests that are executed while another thread has the turn to read.
     executing: AtomicUsize,
+    /// The thread that executes a request has kept the turn to read.
+    kept: AtomicBool,
     /// For how many more requests it is taken that the client sends them before it has its replies.
     eager: AtomicUsize,
 }
@@ -117,6 +119,7 @@ impl Transmission {
             turn: Condvar::new(),
             left: Condvar::new(),
             executing: AtomicUsize::new(0),
+            kept: AtomicBool::new(false),
             eager: AtomicUsize::new(0),
         });
         this.work(false);
@@ -127,6 +130,15 @@ impl Transmission {
 
     fn crew(&self) -> MutexGuard<'_, Crew> {
         self.crew.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a reply, or a whole chunk of one.
+    pub(crate) fn send(&self, parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+        // What is there before the client has its reply was sent without waiting for it.
+        if self.kept.load(Ordering::Relaxed) && self.wire.socket().is_readable() {
+            self.eager.store(EAGER, Ordering::Relaxed);
+        }
+        self.wire.send(&mut self.outgoing(), parts)
     }
 
     /// The right to write to the client.
@@ -179,12 +191,10 @@ impl Transmission {
             self.executing.fetch_sub(1, Ordering::Relaxed);
             return executed.map(|()| None);
         }
-        self.execute(&request, last, buffer)?;
-        if self.wire.has_more(&incoming) {
-            // Sent before we replied, or nearly: who asks faster than we answer gains by more threads as well.
-            self.eager.store(EAGER, Ordering::Relaxed);
-        }
-        Ok(Some(incoming))
+        self.kept.store(true, Ordering::Relaxed);
+        let executed = self.execute(&request, last, buffer);
+        self.kept.store(false, Ordering::Relaxed);
+        executed.map(|()| Some(incoming))
     }
 
     /// Whether others should read on while this request is executed: it may take long, or the client does not wait for its

@@ -76,7 +76,8 @@ impl Socket {
         }
     }
 
-    fn is_readable(&self) -> bool {
+    /// Whether something has arrived, or the other end is gone.
+    pub(crate) fn is_readable(&self) -> bool {
         let mut polled = [PollFd::new(self, PollFlags::IN)];
         poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
