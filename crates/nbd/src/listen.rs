@@ -19,7 +19,7 @@ pub enum Address {
     Unix(PathBuf),
     /// A host and port, as `127.0.0.1:10809`, `[::1]:10809` or a name. Port 0 takes a free one.
     Tcp(String),
-    /// A socket that listens already, Unix or TCP ([`inherited`](crate::inherited)). Its file, if it has one, stays when we are done.
+    /// A socket that listens already, Unix or TCP ([`inherited`](fn@crate::inherited)). Its file, if it has one, stays when we are done.
     Inherited(OwnedFd),
 }
 
