@@ -31,15 +31,28 @@ impl DirtyBitmap {
     /// A clean bitmap of a disk of `capacity` bytes, a bit for each `1 << granularity_bits` of them (9 to 31, as in
     /// QEMU). Errors: [`ErrorKind::InvalidInput`] for other granularities, or if it took more than 512 MiB.
     pub fn new(capacity: u64, granularity_bits: u32) -> Result<Self> {
+        Self::check(capacity, granularity_bits)?;
+        let none = std::array::from_fn(|_| OnceLock::new());
+        let bitmap = Self { granularity_bits, capacity: AtomicU64::new(0), parts: none };
+        bitmap.grow(capacity)?;
+        Ok(bitmap)
+    }
+
+    /// Whether there can be such a bitmap; errors as [`new`](Self::new).
+    pub fn check(capacity: u64, granularity_bits: u32) -> Result<()> {
         if !(9..=31).contains(&granularity_bits) {
             let story =
                 format!("a dirty bitmap's granularity is 2^9 to 2^31 bytes, not 2^{granularity_bits}");
             return Err(Error::new(ErrorKind::InvalidInput, story));
         }
-        let none = std::array::from_fn(|_| OnceLock::new());
-        let bitmap = Self { granularity_bits, capacity: AtomicU64::new(0), parts: none };
-        bitmap.grow(capacity)?;
-        Ok(bitmap)
+        match capacity.div_ceil(1 << granularity_bits).div_ceil(WORD_BITS) * 8 > MAX_BYTES {
+            false => Ok(()),
+            true => {
+                let story =
+                    "a dirty bitmap of this disk needs a larger granularity: it would take more than 512 MiB";
+                Err(Error::new(ErrorKind::InvalidInput, story))
+            }
+        }
     }
 
     /// Log2 of the bytes that one bit speaks for.
@@ -60,12 +73,8 @@ impl DirtyBitmap {
     /// The disk has become larger; what is new is clean. Not for two threads at once. Errors as [`new`](Self::new), and
     /// then nothing has changed.
     pub fn grow(&self, capacity: u64) -> Result<()> {
+        Self::check(capacity, self.granularity_bits)?;
         let words = self.granules(capacity).div_ceil(WORD_BITS);
-        if words * 8 > MAX_BYTES {
-            let story =
-                "a dirty bitmap of this disk needs a larger granularity: it would take more than 512 MiB";
-            return Err(Error::new(ErrorKind::InvalidInput, story));
-        }
         let there: u64 = self.words().map(|part| part.len() as u64).sum();
         if words > there {
             let more = (words - there).max(there.min(MAX_BYTES / 8 - there));

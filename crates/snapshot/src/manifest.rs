@@ -83,6 +83,11 @@ pub(crate) struct Base {
 }
 
 impl DiskEntry {
+    /// Its layers' numbers, the base's first.
+    pub(crate) fn numbers(&self) -> Vec<u32> {
+        self.layers.iter().map(|layer| layer.number).collect()
+    }
+
     /// The image that the user gave.
     pub(crate) fn given(&self) -> Base {
         let first = self.layers.first().map(|layer| (layer.path.clone(), layer.format));
@@ -113,7 +118,7 @@ pub(crate) struct LayerEntry {
 impl LayerEntry {
     /// The boundary above it: what it holds was written before, what the layers above hold was written after.
     pub(crate) fn boundary(&self) -> Boundary {
-        self.merged.unwrap_or(self.number) + 1
+        self.merged.unwrap_or(self.number).saturating_add(1)
     }
 }
 

@@ -22,7 +22,6 @@ const SLOW: u64 = 1 << 20;
 struct Drill {
     served: Served,
     clock: Arc<Clock>,
-    ledgers: Vec<Vec<Ledger>>,
     mix: Mix,
     /// What the backups make up, brought forward by changes only.
     backup: Vec<u8>,
@@ -32,29 +31,27 @@ impl Drill {
     fn start(format: &'static str, mix: Mix) -> Self {
         let bytes = (SIZE * PLACES * QUEUES) as u64;
         let wanted = Wanted { format, cache: "writeback", disks: 1, queues: QUEUES, bytes };
-        let ledgers = vec![(0..QUEUES).map(|queue| Ledger::new(SIZE, queue, QUEUES, PLACES)).collect()];
         let (served, clock) = (Served::start(wanted), Arc::new(Clock::new()));
-        Self { served, clock, ledgers, mix, backup: vec![0; bytes as usize] }
+        Self { served, clock, mix, backup: vec![0; bytes as usize] }
+    }
+
+    /// Begins to write. Nobody asks the ledgers: what is compared is the disk.
+    fn write(&self) -> Load {
+        let ledgers = (0..QUEUES).map(|queue| Ledger::new(SIZE, queue, QUEUES, PLACES)).collect();
+        Load::connect(&self.served.sockets, vec![ledgers], self.mix, &self.clock)
     }
 
     /// Writes for a while, up to a `kill -9` if `is_killed`.
     fn load(&mut self, is_killed: bool) {
-        let ledgers = std::mem::take(&mut self.ledgers);
-        let load = Load::connect(&self.served.sockets, ledgers, self.mix, &self.clock);
+        let load = self.write();
         thread::sleep(Duration::from_millis(20));
         if is_killed {
             self.served.kill();
-            self.ledgers = load.leave();
+            load.leave();
             self.served.restart();
-            self.settle();
         } else {
-            self.ledgers = load.finish();
+            load.finish();
         }
-    }
-
-    fn settle(&mut self) {
-        let image = self.served.read(0);
-        self.ledgers[0].iter_mut().for_each(|ledger| ledger.settle(&image, self.clock.now()));
     }
 
     fn changes(&self, from: &str, to: &str) -> Vec<(usize, usize)> {
@@ -75,12 +72,11 @@ impl Drill {
 
     /// An increment on the one before, up to a snapshot taken under load, which stays.
     fn back_up(&mut self, round: usize) {
-        let ledgers = std::mem::take(&mut self.ledgers);
-        let load = Load::connect(&self.served.sockets, ledgers, self.mix, &self.clock);
+        let load = self.write();
         thread::sleep(Duration::from_millis(5));
         let name = format!("s{round}");
         self.served.snapshot(&name, &self.clock);
-        self.ledgers = load.finish();
+        load.finish();
         self.served.ask("checkpoint-create", json!({ "name": format!("c{round}"), "snapshot": name }));
         let disk = self.served.export(&name, "vd0");
         for (offset, len) in self.changes(&format!("c{}", round - 1), &name) {
@@ -125,8 +121,6 @@ fn drill(format: &'static str, mix: Mix) {
             let backed_up = format!("s{round}");
             drill.served.ask("snapshot-revert", json!({ "name": backed_up }));
             assert_eq!(drill.changes(&format!("c{round}"), &backed_up), []);
-            // What the ledgers know is undone.
-            drill.ledgers = vec![(0..QUEUES).map(|queue| Ledger::new(SIZE, queue, QUEUES, PLACES)).collect()];
         }
     }
     let marks = std::fs::read_dir(drill.served.path("state/marks")).unwrap().count();

@@ -7,14 +7,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::{DirtyBitmap, Error, ErrorKind, Result};
+use block::{DirtyBitmap, Disk as _, Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 
 use super::bits;
 use super::changes::{Look, granularity_bits};
 use super::draft::Draft;
 use super::entry::{BitmapEntry, CheckpointRecord, Instant};
-use super::history::NOW;
 use crate::group::Served;
 
 /// The longest name, in bytes: QEMU's `BDRV_BITMAP_MAX_NAME_SIZE`.
@@ -84,7 +83,8 @@ pub enum MarkChange {
     Enable(BitmapName),
     /// Have one record no more; what is dirty stays so.
     Disable(BitmapName),
-    /// Make dirty in `target` what is dirty in any of `sources`. Those may be of other disks of the same size.
+    /// Make dirty in `target` what is dirty in any of `sources`, at the cut or now. Those may be of other disks of the same
+    /// size.
     Merge {
         /// What is changed.
         target: BitmapName,
@@ -144,7 +144,7 @@ impl Changer<'_> {
         match change {
             MarkChange::Checkpoint { name } => self.checkpoint(draft, name),
             MarkChange::Add { bitmap, granularity, persistent, recording } => {
-                check_new(draft, bitmap, *granularity)?;
+                self.check_new(draft, bitmap, *granularity)?;
                 let since = recording.then(|| self.cut(&bitmap.disk)).transpose()?;
                 let entry = BitmapEntry {
                     name: bitmap.name.clone(),
@@ -180,57 +180,81 @@ impl Changer<'_> {
                 }
                 Ok(())
             }
-            MarkChange::Disable(bitmap) => match self.usable(draft, bitmap)?.since {
-                None => Ok(()),
-                Some(_) => self.settle(draft, bitmap, &[], None),
-            },
-            MarkChange::Merge { target, sources } => {
-                let since = self.usable(draft, target)?.since;
-                sources.iter().try_for_each(|source| self.usable(draft, source).map(drop))?;
-                let since = since.map(|_| self.cut(&target.disk)).transpose()?;
-                self.settle(draft, target, sources, since)
+            MarkChange::Disable(bitmap) => {
+                if self.usable(draft, bitmap)?.since.is_some() {
+                    let dirty = self.dirty(draft, bitmap)?;
+                    self.keep(draft, bitmap, &dirty)?.since = None;
+                }
+                Ok(())
             }
+            MarkChange::Merge { target, sources } => self.merge(draft, target, sources),
         }
     }
 
-    /// Writes what is dirty in a bitmap up to the cut, and in others, to its bits; from there on it records since `since`.
-    fn settle(
-        &self,
-        draft: &mut Draft<'_>,
-        bitmap: &BitmapName,
-        others: &[BitmapName],
-        since: Option<Instant>,
-    ) -> Result<()> {
-        let dirty = self.dirty(draft, bitmap)?;
-        for other in others {
-            let more = self.dirty(draft, other)?;
-            if more.capacity() != dirty.capacity() {
-                let story = format!(
-                    "Bitmaps are of different sizes (destination size is {} and source size is {}) and can't be merged",
-                    dirty.capacity(),
-                    more.capacity()
-                );
-                return Err(Error::new(ErrorKind::InvalidInput, story));
-            }
-            bits::add(&dirty, &more);
+    fn check_new(&self, draft: &Draft<'_>, bitmap: &BitmapName, granularity: u32) -> Result<()> {
+        let refuse = |story: String| Err(Error::new(ErrorKind::InvalidInput, story));
+        let bitmaps = &draft.manifest.disk(&bitmap.disk)?.marks.bitmaps;
+        let capacity = self.served.get(&bitmap.disk).map_or(0, |disk| disk.chain.capacity());
+        DirtyBitmap::check(capacity, granularity_bits(granularity.into())?)?;
+        if bitmap.name.is_empty() {
+            return refuse("Bitmap name cannot be empty".to_owned());
         }
-        let file = match self.is_trial {
-            true => None,
-            false => Some(draft.create(&dirty)?),
-        };
-        let entry = draft.manifest.bitmap_mut(&bitmap.disk, &bitmap.name)?;
-        (entry.bits, entry.since) = (file, since);
+        if bitmap.name.len() > MAX_NAME {
+            return refuse(format!("Bitmap name is too long: {}", bitmap.name));
+        }
+        if bitmaps.iter().any(|one| one.name == bitmap.name) {
+            return refuse(format!("Bitmap already exists: {}", bitmap.name));
+        }
+        if bitmaps.len() >= MAX_BITMAPS {
+            return refuse(format!("disk '{}' has {MAX_BITMAPS} bitmaps: remove some", bitmap.disk));
+        }
         Ok(())
     }
 
-    /// What is dirty at the cut; of a trial, nothing.
-    fn dirty(&self, draft: &Draft<'_>, bitmap: &BitmapName) -> Result<DirtyBitmap> {
-        let look = Look::new(draft.store(), &draft.manifest, self.served, &bitmap.disk)?;
-        let entry = draft.manifest.bitmap(&bitmap.disk, &bitmap.name)?;
-        if self.is_trial {
-            return DirtyBitmap::new(look.capacity(), granularity_bits(entry.granularity.into())?);
+    /// What `target` records goes on as it did.
+    fn merge(&self, draft: &mut Draft<'_>, target: &BitmapName, sources: &[BitmapName]) -> Result<()> {
+        let own = BitmapEntry { since: None, ..self.usable(draft, target)?.clone() };
+        let own = self.dirty_in(draft, &target.disk, &own)?;
+        for source in sources {
+            self.usable(draft, source)?;
+            let more = self.dirty(draft, source)?;
+            if more.capacity() != own.capacity() {
+                let (own, more) = (own.capacity(), more.capacity());
+                let story = format!(
+                    "Bitmaps are of different sizes (destination size is {own} and source size is {more}) and can't be \
+                     merged"
+                );
+                return Err(Error::new(ErrorKind::InvalidInput, story));
+            }
+            bits::add(&own, &more);
         }
-        let to = self.cuts.get(&bitmap.disk).map_or(NOW, |cut| cut.boundary);
+        self.keep(draft, target, &own).map(drop)
+    }
+
+    /// Writes down what is dirty in a bitmap, apart from what it records.
+    fn keep<'d>(
+        &self,
+        draft: &'d mut Draft<'_>,
+        bitmap: &BitmapName,
+        dirty: &DirtyBitmap,
+    ) -> Result<&'d mut BitmapEntry> {
+        let file = if self.is_trial { None } else { Some(draft.create(dirty)?) };
+        let entry = draft.manifest.bitmap_mut(&bitmap.disk, &bitmap.name)?;
+        entry.bits = file;
+        Ok(entry)
+    }
+
+    fn dirty(&self, draft: &Draft<'_>, bitmap: &BitmapName) -> Result<DirtyBitmap> {
+        self.dirty_in(draft, &bitmap.disk, draft.manifest.bitmap(&bitmap.disk, &bitmap.name)?)
+    }
+
+    /// What is dirty at the cut, or now if the disk is not cut; of a trial, nothing.
+    fn dirty_in(&self, draft: &Draft<'_>, disk: &str, entry: &BitmapEntry) -> Result<DirtyBitmap> {
+        let look = Look::new(draft.store(), &draft.manifest, self.served, disk)?;
+        if self.is_trial {
+            return DirtyBitmap::new(look.now().capacity, granularity_bits(entry.granularity.into())?);
+        }
+        let to = self.cuts.get(disk).copied().unwrap_or(look.now());
         dirty(&look, entry, to)
     }
 
@@ -257,11 +281,12 @@ impl Changer<'_> {
 /// What is dirty in a bitmap at an instant.
 ///
 /// Errors: [`ErrorKind::Corrupt`], in QEMU's words, if that is lost.
-pub(super) fn dirty(look: &Look<'_>, entry: &BitmapEntry, to: u32) -> Result<DirtyBitmap> {
-    let dirty = DirtyBitmap::new(look.capacity(), granularity_bits(entry.granularity.into())?)?;
+pub(super) fn dirty(look: &Look<'_>, entry: &BitmapEntry, to: Instant) -> Result<DirtyBitmap> {
+    let dirty = DirtyBitmap::new(to.capacity, granularity_bits(entry.granularity.into())?)?;
     let own = entry.bits.map(|file| look.store.bits().load(file)).transpose();
     let own = own.map(|own| own.iter().for_each(|own| bits::add(&dirty, own)));
-    let told = own.and_then(|()| entry.since.map_or(Ok(()), |since| look.add_changes(&dirty, since, to)));
+    let told =
+        own.and_then(|()| entry.since.map_or(Ok(()), |since| look.add_changes(&dirty, since, to.boundary)));
     told.map_err(|error| match error.kind() {
         ErrorKind::Corrupt => {
             let story =
@@ -271,21 +296,4 @@ pub(super) fn dirty(look: &Look<'_>, entry: &BitmapEntry, to: u32) -> Result<Dir
         _ => error,
     })?;
     Ok(dirty)
-}
-
-fn check_new(draft: &Draft<'_>, bitmap: &BitmapName, granularity: u32) -> Result<()> {
-    let refuse = |story: String| Err(Error::new(ErrorKind::InvalidInput, story));
-    let bitmaps = &draft.manifest.disk(&bitmap.disk)?.marks.bitmaps;
-    granularity_bits(granularity.into())?;
-    match () {
-        () if bitmap.name.is_empty() => refuse("Bitmap name cannot be empty".to_owned()),
-        () if bitmap.name.len() > MAX_NAME => refuse(format!("Bitmap name is too long: {}", bitmap.name)),
-        () if bitmaps.iter().any(|one| one.name == bitmap.name) => {
-            refuse(format!("Bitmap already exists: {}", bitmap.name))
-        }
-        () if bitmaps.len() >= MAX_BITMAPS => {
-            refuse(format!("disk '{}' has {MAX_BITMAPS} bitmaps: remove some", bitmap.disk))
-        }
-        () => Ok(()),
-    }
 }

@@ -109,7 +109,7 @@ impl<'a> Look<'a> {
             Error::new(ErrorKind::NotFound, format!("disk '{}' is not part of {what}", self.id))
         };
         match point {
-            Point::Now => Ok(Instant { boundary: NOW, capacity: self.capacity }),
+            Point::Now => Ok(self.now()),
             Point::Boundary(boundary) => Ok(self.at(*boundary)),
             Point::Checkpoint(name) => {
                 let parts = &self.manifest.checkpoint(name)?.disks;
@@ -167,8 +167,8 @@ impl<'a> Look<'a> {
         Ok(Changes(found))
     }
 
-    pub(super) fn capacity(&self) -> u64 {
-        self.capacity
+    pub(super) fn now(&self) -> Instant {
+        Instant { boundary: NOW, capacity: self.capacity }
     }
 
     /// The layer beneath the active one, and the boundary above it: the instant of the last cut.

@@ -119,13 +119,11 @@ impl Manager {
 pub(super) fn check_new(manifest: &Manifest, name: &str) -> Result<()> {
     request::check_name(name)?;
     let refuse = |story: String| Err(Error::new(ErrorKind::Busy, story));
-    match () {
-        () if manifest.checkpoint(name).is_ok() => {
-            refuse(format!("there is a checkpoint '{name}' already: choose another name"))
-        }
-        () if manifest.checkpoints.len() >= MAX_CHECKPOINTS => {
-            refuse(format!("there are {MAX_CHECKPOINTS} checkpoints: delete some"))
-        }
-        () => Ok(()),
+    if manifest.checkpoint(name).is_ok() {
+        return refuse(format!("there is a checkpoint '{name}' already: choose another name"));
     }
+    if manifest.checkpoints.len() >= MAX_CHECKPOINTS {
+        return refuse(format!("there are {MAX_CHECKPOINTS} checkpoints: delete some"));
+    }
+    Ok(())
 }

@@ -11,7 +11,6 @@ use super::changes::Look;
 use super::cutting::Pin;
 use super::draft::Draft;
 use super::entry::BitmapEntry;
-use super::history::NOW;
 use crate::group::Served;
 use crate::manager::Manager;
 use crate::store::Store;
@@ -38,7 +37,7 @@ impl BitmapLock {
         let draft = Draft::new(&self.store);
         let look = Look::new(&self.store, &draft.manifest, &self.served, &self.bitmap.disk)?;
         let entry = draft.manifest.bitmap(&self.bitmap.disk, &self.bitmap.name)?;
-        dirty(&look, entry, at.instant().boundary)
+        dirty(&look, entry, at.instant())
     }
 
     /// Has it be clean at the instant of a pin of its disk: what was written since is dirty, if it records. On stable storage
@@ -70,7 +69,7 @@ impl Manager {
     }
 
     fn info(&self, look: &Look<'_>, entry: &BitmapEntry) -> Result<BitmapInfo> {
-        let (count, inconsistent) = match dirty(look, entry, NOW) {
+        let (count, inconsistent) = match dirty(look, entry, look.now()) {
             Ok(dirty) => (dirty.dirty_bytes(), false),
             Err(error) if error.kind() == ErrorKind::Corrupt => (0, true),
             Err(error) => return Err(error),
@@ -92,7 +91,7 @@ impl Manager {
     pub fn bitmap_dirty(&self, disk: &str, name: &str) -> Result<DirtyBitmap> {
         let draft = Draft::new(&self.store);
         let look = Look::new(&self.store, &draft.manifest, &self.disks, disk)?;
-        dirty(&look, draft.manifest.bitmap(disk, name)?, NOW)
+        dirty(&look, draft.manifest.bitmap(disk, name)?, look.now())
     }
 
     /// Takes a bitmap for an operation.

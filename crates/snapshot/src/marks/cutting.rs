@@ -195,16 +195,12 @@ impl MarkChange {
         };
         match self {
             // Of whatever disks the cut is.
-            Self::Checkpoint { .. } | Self::Remove(_) => Vec::new(),
+            Self::Checkpoint { .. } | Self::Remove(_) | Self::Merge { .. } => Vec::new(),
             Self::Add { bitmap, recording, .. } => recording.then_some(&*bitmap.disk).into_iter().collect(),
             Self::Enable(bitmap) if records(&bitmap) => Vec::new(),
             Self::Enable(bitmap) => vec![&bitmap.disk],
             Self::Clear(bitmap) | Self::Disable(bitmap) => {
                 Some(bitmap).into_iter().filter(records).map(|bitmap| &*bitmap.disk).collect()
-            }
-            Self::Merge { target, sources } => {
-                let all = sources.iter().chain([target]);
-                all.filter(records).map(|bitmap| &*bitmap.disk).collect()
             }
         }
     }

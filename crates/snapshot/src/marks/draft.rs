@@ -51,8 +51,8 @@ impl<'a> Draft<'a> {
         pause: &mut dyn FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let (numbers, points) = (numbers(layers), self.manifest.points(id));
-        let history = &self.manifest.disk(id)?.marks.history;
-        let pieces = history.pieces_of_merge(&numbers, &points);
+        let disk = self.manifest.disk(id)?;
+        let pieces = disk.marks.history.pieces_of_merge(&numbers, &disk.numbers(), &points);
         self.fold(id, &pieces, layers, pause)
     }
 
@@ -68,7 +68,7 @@ impl<'a> Draft<'a> {
         let points = self.manifest.points(id);
         let Some(disk) = self.manifest.disks.get_mut(id) else { return Ok(()) };
         disk.marks.history.revert(to, at);
-        let pieces = disk.marks.history.pieces(gone, &points);
+        let pieces = disk.marks.history.pieces(gone, &disk.numbers(), &points);
         match pieces.is_empty() {
             true => Ok(()),
             false => self.fold(id, &pieces, &layers()?, &mut || Ok(())),

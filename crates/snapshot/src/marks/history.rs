@@ -68,9 +68,19 @@ pub(crate) struct Cover {
 pub(crate) struct Piece {
     from: Boundary,
     to: Boundary,
-    /// By number; one at least.
+    /// By number.
     pub(crate) layers: Vec<u32>,
     pub(crate) joins: Vec<Folded>,
+}
+
+impl Piece {
+    fn of(number: u32) -> Self {
+        Self { from: number, to: number + 1, layers: vec![number], joins: Vec::new() }
+    }
+
+    fn known(folded: &Folded) -> Self {
+        Self { from: folded.from, to: folded.to, layers: Vec::new(), joins: vec![folded.clone()] }
+    }
 }
 
 impl History {
@@ -102,46 +112,47 @@ impl History {
     }
 
     /// What is to be folded before `layers`, neighbours in the chain, become one. `points` are the boundaries that may
-    /// still be asked for; none is at or above the layer that follows the highest, unless nothing was written between.
-    pub(crate) fn pieces_of_merge(&self, layers: &[u32], points: &BTreeSet<Boundary>) -> Vec<Piece> {
+    /// still be asked for, `chain` are all layers.
+    pub(crate) fn pieces_of_merge(
+        &self,
+        layers: &[u32],
+        chain: &[u32],
+        points: &BTreeSet<Boundary>,
+    ) -> Vec<Piece> {
         let (Some(&lowest), Some(&highest)) = (layers.first(), layers.last()) else { return Vec::new() };
         let divides = self.splits(points).range(lowest + 1..=highest).next().is_some();
         match divides || layers.iter().any(|number| self.is_folded(*number)) {
-            true => self.pieces(layers, points),
+            true => self.pieces(layers, chain, points),
             false => Vec::new(),
         }
     }
 
-    /// What is to be folded of layers that are about to leave the chain, or to take in others.
-    pub(crate) fn pieces(&self, layers: &[u32], points: &BTreeSet<Boundary>) -> Vec<Piece> {
+    /// What is to be folded of layers that are about to leave the chain, or to take in others. What was folded before becomes
+    /// one with it, and with one another, as far as nobody can ask about the boundaries between: so the files are not more
+    /// than there are questions.
+    pub(crate) fn pieces(&self, layers: &[u32], chain: &[u32], points: &BTreeSet<Boundary>) -> Vec<Piece> {
         let splits = self.splits(points);
         let cell = |number: u32| splits.range(..=number).next_back().copied();
+        let is_apart = |one: &Piece, next: &Piece| {
+            let stays = |number: &u32| (one.to..next.from).contains(number) && !layers.contains(number);
+            cell(one.from) != cell(next.from) || chain.iter().any(stays)
+        };
+        let own = layers.iter().filter(|number| !self.is_folded(**number)).map(|number| Piece::of(*number));
+        let mut parts: Vec<_> = own.chain(self.folded.iter().map(Piece::known)).collect();
+        parts.sort_by_key(|part| part.from);
         let mut pieces: Vec<Piece> = Vec::new();
-        for &number in layers.iter().filter(|number| !self.is_folded(**number)) {
-            match pieces.last_mut().filter(|piece| cell(piece.from) == cell(number)) {
-                Some(piece) => {
-                    piece.to = number + 1;
-                    piece.layers.push(number);
+        for part in parts {
+            match pieces.last_mut().filter(|last| !is_apart(last, &part)) {
+                Some(last) => {
+                    last.to = part.to;
+                    last.layers.extend(part.layers);
+                    last.joins.extend(part.joins);
                 }
-                None => pieces.push(Piece {
-                    from: number,
-                    to: number + 1,
-                    layers: vec![number],
-                    joins: Vec::new(),
-                }),
+                None => pieces.push(part),
             }
         }
-        pieces.retain(|piece| self.is_needed(piece.from, points));
-        for folded in &self.folded {
-            // All that lie between neighbours, for no layer of the chain does.
-            let ends = layers.first().zip(layers.last());
-            let is_among = ends.is_some_and(|(first, last)| folded.from <= *last && *first < folded.to);
-            let same = pieces.iter_mut().find(|piece| cell(piece.from) == cell(folded.from));
-            if let Some(piece) = same.filter(|_| is_among) {
-                (piece.from, piece.to) = (piece.from.min(folded.from), piece.to.max(folded.to));
-                piece.joins.push(folded.clone());
-            }
-        }
+        let is_new = |piece: &Piece| !piece.layers.is_empty() || piece.joins.len() > 1;
+        pieces.retain(|piece| is_new(piece) && self.is_needed(piece.from, points));
         pieces
     }
 

@@ -132,3 +132,22 @@ fn durations_sizes_and_spans_fit_their_units() {
     assert_eq!([0, 512, 1 << 10, 1536, u64::MAX].map(bytes), ["0 B", "512 B", "1 KiB", "1.5 KiB", "16 EiB"]);
     assert_eq!([59, 61, 3_661, 90_061].map(span), ["59 s", "1 min 1 s", "1 h 1 min", "1 d 1 h"]);
 }
+
+#[test]
+fn checkpoints_and_changes_have_a_line_each() {
+    let checkpoint = json!({
+        "name": "monday", "time": "2026-11-22T08:07:31Z", "grade": "crash", "reason": "the guest was not asked",
+        "disks": [{ "id": "vda", "boundary": 1, "capacity": 4096 }, { "id": "vdb", "boundary": 3, "capacity": 512 }],
+    });
+    let expected = "\
+NAME    TIME                  GRADE  DISKS
+monday  2026-11-22T08:07:31Z  crash  vda,vdb
+";
+    assert_eq!(checkpoints(&decoded::<Vec<_>>(json!([checkpoint]))), expected);
+    assert_eq!(checkpoints(&[]), "no checkpoints\n");
+    let ranges = json!([{ "offset": 0, "length": 4096 }, { "offset": 1_048_576, "length": 65_536 }]);
+    let found = |ranges: Value| json!({ "capacity": 1 << 30, "granularity": 4096, "ranges": ranges });
+    let expected = " OFFSET  LENGTH\n      0    4096\n1048576   65536\n68 KiB of 1 GiB changed\n";
+    assert_eq!(changes(&decoded(found(ranges))), expected);
+    assert_eq!(changes(&decoded(found(json!([])))), "0 B of 1 GiB changed\n");
+}

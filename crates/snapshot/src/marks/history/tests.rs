@@ -123,6 +123,10 @@ impl World {
         self.next += 1;
     }
 
+    fn numbers(&self) -> Vec<u32> {
+        self.chain.iter().map(|layer| layer.number).collect()
+    }
+
     fn boundary_of(&self, held: u32) -> Boundary {
         self.chain.iter().find(|layer| layer.number == held).unwrap().last + 1
     }
@@ -156,7 +160,7 @@ impl World {
         if self.snapshots.iter().any(|(held, _)| numbers[..numbers.len() - 1].contains(held)) {
             return;
         }
-        let pieces = self.history.pieces_of_merge(&numbers, &self.points());
+        let pieces = self.history.pieces_of_merge(&numbers, &self.numbers(), &self.points());
         self.fold(pieces);
         let all: Blocks = self.chain[low..=high].iter().flat_map(|layer| layer.holds.clone()).collect();
         let target = if up { high } else { low };
@@ -178,7 +182,7 @@ impl World {
         let gone: Vec<_> = self.chain[at + 1..].iter().map(|layer| layer.number).collect();
         self.snapshots.retain(|(held, _)| !gone.contains(held));
         self.history.revert(self.boundary_of(held), self.next);
-        let pieces = self.history.pieces(&gone, &self.points());
+        let pieces = self.history.pieces(&gone, &self.numbers()[..=at], &self.points());
         self.fold(pieces);
         self.chain.truncate(at + 1);
         self.next += 1;
@@ -188,8 +192,7 @@ impl World {
     }
 
     fn changes(&self, from: Boundary, to: Boundary) -> Blocks {
-        let numbers: Vec<_> = self.chain.iter().map(|layer| layer.number).collect();
-        let cover = self.history.between(&numbers, from, to);
+        let cover = self.history.between(&self.numbers(), from, to);
         let mut found = Blocks::new();
         let layers = self.chain.iter().filter(|layer| cover.layers.contains(&layer.number));
         layers.for_each(|layer| found.extend(&layer.holds));
@@ -245,21 +248,27 @@ proptest! {
     }
 }
 
-/// Runs a life in which each night a checkpoint replaces the one before and the layers are merged.
+/// Each night a checkpoint replaces the one of the night before, beside one that stays, and the layers are merged.
 #[test]
 fn what_is_remembered_does_not_grow_with_time() {
-    let mut world = World::new();
-    world.act(Act::Cut { checkpoint: true, snapshot: false });
-    for night in 0..50_u8 {
-        world.act(Act::Write(night % BLOCKS));
+    for (up, drops_first) in [(false, true), (false, false), (true, true), (true, false)] {
+        let mut world = World::new();
         world.act(Act::Cut { checkpoint: true, snapshot: false });
-        world.act(Act::DropCheckpoint(if night > 0 { 1 } else { u8::MAX }));
-        world.act(Act::Merge { at: 0, count: 4, up: false, stops: None });
-        world.check();
-        assert!(world.history.folded.len() <= 3, "{:?}", world.history);
-        assert!(world.chain.len() <= 3);
+        world.act(Act::Cut { checkpoint: true, snapshot: false });
+        for night in 0..50_u8 {
+            world.act(Act::Write(night % BLOCKS));
+            world.act(Act::Cut { checkpoint: true, snapshot: false });
+            let mut acts = [Act::DropCheckpoint(1), Act::Merge { at: 0, count: 4, up, stops: None }];
+            if !drops_first {
+                acts.reverse();
+            }
+            acts.into_iter().for_each(|act| world.act(act));
+            world.check();
+            assert!(world.history.folded.len() <= 3, "{:?}", world.history);
+            assert!(world.chain.len() <= 3);
+        }
+        world.checkpoints.clear();
+        world.history.prune(&world.points());
+        assert!(world.history.is_empty(), "{:?}", world.history);
     }
-    world.checkpoints.clear();
-    world.history.prune(&world.points());
-    assert!(world.history.is_empty(), "{:?}", world.history);
 }
