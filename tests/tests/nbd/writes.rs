@@ -81,6 +81,7 @@ fn fio_verifies_what_it_writes() {
         "--fsync=64",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--serialize_overlap=1",
         "--randseed=7",
     ]));
