@@ -5,6 +5,7 @@ use std::sync::Arc;
 use block::{Error, ErrorKind, Result};
 use snapshot::{CutRequest, FreezePolicy, Manager, Pin};
 
+use crate::exports::Exports;
 use crate::nodes::{Filter, Kind, Node, NodeInfo, NodeOptions, Nodes, View, no_node};
 
 /// Where a disk stands in QEMU's tree of objects: clients find it as `qdev` in `query-block`.
@@ -14,6 +15,7 @@ const QDEV: &str = "/machine/peripheral/";
 pub struct Backups {
     pub(crate) manager: Arc<Manager>,
     pub(crate) nodes: Nodes,
+    pub(crate) exports: Exports,
 }
 
 /// What a name means that a client gave.
@@ -27,7 +29,7 @@ pub(crate) enum Named {
 impl Backups {
     /// None yet, over the disks of `manager`.
     pub fn new(manager: Arc<Manager>) -> Self {
-        Self { manager, nodes: Nodes::default() }
+        Self { manager, nodes: Nodes::default(), exports: Exports::default() }
     }
 
     /// `blockdev-add`. Opens what the node needs.
@@ -104,6 +106,18 @@ impl Backups {
             _ => None,
         };
         self.nodes.list().iter().filter_map(filter).collect()
+    }
+
+    /// What a filter shows, from now on. A disk that nobody has cut for it yet is cut.
+    pub(crate) fn view_of(&self, filter: &Filter) -> Result<Arc<Pin>> {
+        let known = filter.view().pin.clone();
+        let pin = match known {
+            Some(pin) => pin,
+            None => self.cut(vec![filter.disk.clone()])?.pop().ok_or_else(|| no_node(&filter.disk))?,
+        };
+        let mut view = filter.view();
+        view.used = true;
+        Ok(Arc::clone(view.pin.get_or_insert(pin)))
     }
 
     /// Cuts disks at one instant, without a word to the guest: whoever speaks QMP to a disk freezes the guest itself.

@@ -27,12 +27,14 @@
 
 mod actions;
 mod copy;
+mod exports;
 mod labor;
 mod model;
 mod nodes;
 mod transaction;
 
 pub use actions::Backups;
+pub use exports::{ExportInfo, ExportOptions, ServerOptions, SocketAddress, TlsCredentials};
 pub use model::{
     Action, BackupOptions, BackupRequest, BitmapAdd, BitmapMerge, BitmapMode, BitmapRef, BitmapSource,
     OnError, Sync,

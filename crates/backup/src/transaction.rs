@@ -366,7 +366,7 @@ fn begin(ready: Ready, pins: &BTreeMap<String, Arc<Pin>>) -> Result<()> {
     let cleans = options.sync == Sync::Incremental
         || matches!(options.bitmap_mode, Some(BitmapMode::OnSuccess | BitmapMode::Always));
     let work = Backup {
-        copy: Copy::new(Arc::clone(pin.disk()), Arc::clone(target.disk()), marked),
+        copy: Copy::new(pin.disk(), Arc::clone(target.disk()), marked),
         target,
         policies: Policies { read: options.on_source_error, write: options.on_target_error },
         pin,

@@ -2,6 +2,7 @@
 
 mod blockdev;
 mod disks;
+mod exports;
 mod jobs;
 mod marks;
 mod protocol;
@@ -51,6 +52,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Command> {
         marks::COMMANDS,
         jobs::COMMANDS,
         blockdev::COMMANDS,
+        exports::COMMANDS,
     ]
     .into_iter()
     .flatten()

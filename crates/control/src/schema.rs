@@ -26,6 +26,7 @@ pub(crate) const FILES: &[&str] = &[
     include_str!("../../../docs/qapi/marks.json"),
     include_str!("../../../docs/qapi/jobs.json"),
     include_str!("../../../docs/qapi/blockdev.json"),
+    include_str!("../../../docs/qapi/exports.json"),
 ];
 
 /// The schema of this program.

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use backup::{Action, NodeInfo, NodeOptions};
+use backup::{Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServerOptions, TlsCredentials};
 use block::Result;
 use serde::{Deserialize, Serialize};
 use snapshot::{
@@ -109,6 +109,30 @@ pub trait Service: Send + Sync {
 
     /// The dirty bitmaps of a disk.
     fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>>;
+
+    /// Adds certificates for the NBD server.
+    fn add_credentials(&self, credentials: &TlsCredentials) -> Result<()>;
+
+    /// Removes them.
+    fn remove_credentials(&self, id: &str) -> Result<()>;
+
+    /// Has the NBD server listen.
+    fn start_server(&self, options: ServerOptions) -> Result<()>;
+
+    /// Stops it, and all that it offers.
+    fn stop_server(&self) -> Result<()>;
+
+    /// Offers a disk, a node or an image on it.
+    fn add_export(&self, options: ExportOptions) -> Result<()>;
+
+    /// Offers it no more; with `hard`, its clients are cut off.
+    fn remove_export(&self, id: &str, hard: bool) -> Result<()>;
+
+    /// The same by the name that clients ask for.
+    fn remove_export_named(&self, name: &str, hard: bool) -> Result<()>;
+
+    /// What is offered.
+    fn exports(&self) -> Vec<ExportInfo>;
 
     /// Has all requests tried again that wait for the host.
     fn resume(&self);

@@ -6,7 +6,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use backup::{Action, NodeInfo, NodeOptions};
+use backup::{Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServerOptions, TlsCredentials};
 use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
@@ -356,6 +356,39 @@ impl Service for Fake {
             persistent: true,
             inconsistent: false,
         }])
+    }
+
+    fn add_credentials(&self, _credentials: &TlsCredentials) -> Result<()> {
+        Ok(())
+    }
+
+    fn remove_credentials(&self, _id: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn start_server(&self, _options: ServerOptions) -> Result<()> {
+        Ok(())
+    }
+
+    fn stop_server(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn add_export(&self, _options: ExportOptions) -> Result<()> {
+        Ok(())
+    }
+
+    fn remove_export(&self, _id: &str, _hard: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn remove_export_named(&self, _name: &str, _hard: bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn exports(&self) -> Vec<ExportInfo> {
+        let (id, node_name) = ("e".to_owned(), "vda".to_owned());
+        vec![ExportInfo { id, r#type: "nbd".to_owned(), node_name, shutting_down: false }]
     }
 
     fn resume(&self) {

@@ -302,6 +302,11 @@ pub enum Event {
         #[serde(skip)]
         client: Option<ClientId>,
     },
+    /// `BLOCK_EXPORT_DELETED`, QEMU's: an export is gone, and nobody reads through it any more.
+    ExportDeleted {
+        /// The export's id.
+        id: String,
+    },
     /// `FRAZIL_SNAPSHOT_EXPIRED`: a snapshot is being deleted, for a disk has too many overlays.
     Expired {
         /// The snapshot's name.
@@ -331,6 +336,7 @@ impl Event {
             Self::JobCancelled { .. } => "BLOCK_JOB_CANCELLED",
             Self::JobError { .. } => "BLOCK_JOB_ERROR",
             Self::JobPending { .. } => "BLOCK_JOB_PENDING",
+            Self::ExportDeleted { .. } => "BLOCK_EXPORT_DELETED",
             Self::Expired { .. } => "FRAZIL_SNAPSHOT_EXPIRED",
         }
     }

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 use serde_json::json;
-use snapshot::DiskStatus;
+use snapshot::{BitmapInfo, DiskStatus};
 
 use super::{Arguments, Caller, Command, Outcome, nothing, typed, value};
 use crate::blocks;
@@ -37,15 +37,20 @@ fn query_frazil(caller: &Caller<'_>, _: Arguments) -> Outcome {
 }
 
 fn query_block(caller: &Caller<'_>, _: Arguments) -> Outcome {
-    let info = |disk: DiskStatus| Ok(blocks::block_info(&disk, caller.service.bitmaps(&disk.id)?));
-    value(&caller.service.disks().into_iter().map(info).collect::<block::Result<Vec<_>>>()?)
+    let info = |disk: DiskStatus| blocks::block_info(&disk, bitmaps(caller, &disk));
+    value(&caller.service.disks().into_iter().map(info).collect::<Vec<_>>())
+}
+
+/// The bitmaps of a disk; none while its images are closed for a revert.
+fn bitmaps(caller: &Caller<'_>, disk: &DiskStatus) -> Vec<BitmapInfo> {
+    caller.service.bitmaps(&disk.id).unwrap_or_default()
 }
 
 /// The disks, their layers, and what was added. Nodes do not hold others here, so `flat` makes no difference.
 fn query_nodes(caller: &Caller<'_>, _: Arguments) -> Outcome {
     let mut nodes = Vec::new();
     for disk in caller.service.disks() {
-        nodes.extend(blocks::whole(&disk, caller.service.bitmaps(&disk.id)?));
+        nodes.extend(blocks::whole(&disk, bitmaps(caller, &disk)));
         nodes.extend(blocks::nodes(&disk));
     }
     nodes.extend(caller.service.nodes().into_iter().map(blocks::added));

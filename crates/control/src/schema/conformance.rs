@@ -179,6 +179,15 @@ fn what_commands_return_is_what_is_documented() {
         ),
         ("block-dirty-bitmap-remove", json!({"node": "vda", "name": "b"})),
         ("transaction", json!({"actions": [{"type": "abort", "data": {}}]})),
+        ("object-add", json!({"qom-type": "tls-creds-x509", "id": "t", "dir": "/pki", "endpoint": "server"})),
+        ("object-del", json!({"id": "t"})),
+        ("nbd-server-start", json!({"addr": {"type": "unix", "data": {"path": "/s"}}, "tls-creds": "t"})),
+        ("block-export-add", json!({"type": "nbd", "id": "e", "node-name": "vda", "bitmaps": ["b"]})),
+        ("nbd-server-add", json!({"device": "vda", "bitmap": "b"})),
+        ("query-block-exports", json!({})),
+        ("block-export-del", json!({"id": "e", "mode": "hard"})),
+        ("nbd-server-remove", json!({"name": "vda"})),
+        ("nbd-server-stop", json!({})),
         ("blockdev-del", json!({"node-name": "f"})),
         ("quit", json!({})),
     ];
@@ -227,6 +236,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
             action: ErrorAction::Ignore,
             client: Some(1),
         },
+        Event::ExportDeleted { id: name() },
         Event::JobPending { r#type: JobType::Backup, id: name(), client: None },
     ];
     let steps = [
@@ -262,7 +272,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
             Event::Stall { .. } | Event::ThawOwed { .. } | Event::ThawConfirmed { .. } => {}
             Event::SpaceLow { .. } | Event::IoError { .. } | Event::Job { .. } | Event::Expired { .. } => {}
             Event::JobCompleted { .. } | Event::JobCancelled { .. } | Event::JobError { .. } => {}
-            Event::JobPending { .. } => {}
+            Event::JobPending { .. } | Event::ExportDeleted { .. } => {}
         }
         seen.insert(event.name().to_owned(), ());
         conforms(&SCHEMA.events[event.name()], &json!(event), event.name());

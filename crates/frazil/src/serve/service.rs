@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use backup::{Action, Backups, NodeInfo, NodeOptions};
+use backup::{
+    Action, Backups, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServerOptions, TlsCredentials,
+};
 use block::Result;
 use control::{DaemonStatus, Service};
 use snapshot::{
@@ -188,6 +190,38 @@ impl Service for Daemon {
 
     fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>> {
         self.manager.bitmaps(disk)
+    }
+
+    fn add_credentials(&self, credentials: &TlsCredentials) -> Result<()> {
+        self.backups.add_credentials(credentials)
+    }
+
+    fn remove_credentials(&self, id: &str) -> Result<()> {
+        self.backups.remove_credentials(id)
+    }
+
+    fn start_server(&self, options: ServerOptions) -> Result<()> {
+        self.backups.start_server(options)
+    }
+
+    fn stop_server(&self) -> Result<()> {
+        self.backups.stop_server()
+    }
+
+    fn add_export(&self, options: ExportOptions) -> Result<()> {
+        self.backups.add_export(options)
+    }
+
+    fn remove_export(&self, id: &str, hard: bool) -> Result<()> {
+        self.backups.remove_export(id, hard)
+    }
+
+    fn remove_export_named(&self, name: &str, hard: bool) -> Result<()> {
+        self.backups.remove_export_named(name, hard)
+    }
+
+    fn exports(&self) -> Vec<ExportInfo> {
+        self.backups.exports()
     }
 
     fn resume(&self) {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use block::{Disk, Result};
+use block::{Disk, Layer, Result, Stack};
 
 use super::bitmap::{Changer, MarkChange};
 use super::changes::{Look, Point};
@@ -50,7 +50,7 @@ pub struct Pin {
     entry: u64,
     id: String,
     instant: Instant,
-    disk: Arc<dyn Disk>,
+    disk: Arc<Stack>,
 }
 
 impl Pin {
@@ -60,8 +60,13 @@ impl Pin {
     }
 
     /// Its content.
-    pub fn disk(&self) -> &Arc<dyn Disk> {
-        &self.disk
+    pub fn disk(&self) -> Arc<dyn Disk> {
+        Arc::clone(&self.disk) as _
+    }
+
+    /// The layers that it is made of, the base first.
+    pub fn layers(&self) -> Vec<Arc<dyn Layer>> {
+        self.disk.layers()
     }
 
     /// The instant, for [`Manager::changes`].
