@@ -4,9 +4,10 @@
 //! The manifest knows nothing of them: as in QEMU, they end with the daemon.
 
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use block::{Context, Result};
+use block::{Context, Error, ErrorKind, Result};
 
 use super::job::{Halt, Identity, Job};
 use super::model::{ClientId, JobStatus, JobType};
@@ -73,19 +74,31 @@ impl Seat {
         let Some(entry) = self.entry.clone() else { return Ok(()) };
         let (inner, own) = (Arc::clone(&self.inner), entry.clone());
         let thread = std::thread::Builder::new().name("job".to_owned());
+        // Held until the thread is on the list: who ends the daemon waits for it, or it does not begin.
+        let mut list = self.inner.list();
+        list.check_running()?;
         let spawned = thread.spawn(move || {
             let worked = entry.job.go(JobStatus::Running).map_err(Halt::from);
-            let worked = worked.and_then(|()| labor.run(&entry.job)).or_else(|halt| {
+            let worked = worked.and_then(|()| run(labor, &entry.job)).or_else(|halt| {
                 entry.job.go(JobStatus::Aborting)?;
                 Err(halt)
             });
             inner.finish(&entry, worked);
         });
         let thread = spawned.context(|| format!("start job '{}'", own.job.id()))?;
-        self.inner.list().threads.push(thread);
+        list.threads.push(thread);
+        drop(list);
         self.entry = None;
         Ok(())
     }
+}
+
+/// A labor that panics fails its job and nothing else: the job must not stay on the list for ever.
+fn run(labor: Box<dyn Labor>, job: &Job) -> std::result::Result<(), Halt> {
+    catch_unwind(AssertUnwindSafe(|| labor.run(job))).unwrap_or_else(|_| {
+        let story = "an internal error: the daemon's standard error tells more";
+        Err(Halt::Failed(Error::new(ErrorKind::Io, story)))
+    })
 }
 
 impl Drop for Seat {

@@ -221,13 +221,19 @@ impl Drop for Jobs {
 }
 
 impl List {
+    /// Whether jobs may begin.
+    pub(super) fn check_running(&self) -> Result<()> {
+        match self.ended {
+            false => Ok(()),
+            true => Err(Error::new(ErrorKind::Busy, "the daemon is ending")),
+        }
+    }
+
     /// Whether a job of that id may be entered.
     pub(super) fn admit(&self, id: &str) -> Result<()> {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
         check_id(id)?;
-        if self.ended {
-            return busy("the daemon is ending".to_owned());
-        }
+        self.check_running()?;
         if self.entries.len() >= MAX_JOBS {
             return busy("there are too many jobs: dismiss those that have concluded".to_owned());
         }
