@@ -47,7 +47,7 @@ impl Backups {
 
     /// The nodes that were added.
     pub fn nodes(&self) -> Vec<NodeInfo> {
-        self.nodes.list().iter().map(|node| node.info()).collect()
+        self.nodes.map(Node::info)
     }
 
     /// `qom-set` of a disk's `drive`: puts a filter on the disk, or takes it off again. Putting it on is a cut.
@@ -101,11 +101,11 @@ impl Backups {
     }
 
     fn filters(&self, disk: &str) -> Vec<Arc<Filter>> {
-        let filter = |node: &Arc<Node>| match &node.kind {
+        let filter = |node: &Node| match &node.kind {
             Kind::CopyBeforeWrite(filter) if filter.disk == disk => Some(Arc::clone(filter)),
             _ => None,
         };
-        self.nodes.list().iter().filter_map(filter).collect()
+        self.nodes.map(filter).into_iter().flatten().collect()
     }
 
     /// What a filter shows, from now on. A disk that nobody has cut for it yet is cut.

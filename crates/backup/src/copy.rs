@@ -54,7 +54,9 @@ pub(crate) enum Failure {
 impl Copy {
     /// From `source` to `target`, which is as large.
     pub(crate) fn new(source: Arc<dyn Disk>, target: Arc<dyn Disk>, marked: Option<DirtyBitmap>) -> Self {
-        let on_zeroes = is_blank(&*target);
+        // What is marked may be zero and not have been before: what is beneath an increment, today or once it is put on top
+        // of the backup before it, must not show there.
+        let on_zeroes = marked.is_none() && is_blank(&*target);
         let unit = u64::from(target.discard_granularity()).next_power_of_two().clamp(GRAIN, WINDOW);
         let (pieces, buffer) = (VecDeque::new(), Vec::new());
         Self { source, target, marked, unit, on_zeroes, resolved: 0, pieces, buffer }

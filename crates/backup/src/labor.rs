@@ -9,7 +9,7 @@ use tracing::warn;
 
 use crate::copy::{Copy, Failure};
 use crate::model::OnError;
-use crate::nodes::Writing;
+use crate::nodes::{Access, Writing};
 
 /// What a job does about I/O that fails.
 #[derive(Clone, Copy, Debug)]
@@ -25,8 +25,10 @@ pub(crate) struct Backup {
     pub(crate) policies: Policies,
     /// Keeps what is read as it was.
     pub(crate) pin: Arc<Pin>,
-    /// The bitmap that is used, and whether it becomes clean.
-    pub(crate) bitmap: Option<(BitmapLock, bool)>,
+    /// The bitmaps that are used, and whether each becomes clean.
+    pub(crate) bitmaps: Vec<(BitmapLock, bool)>,
+    /// The node that is read, if the disk is not read itself: it can not be removed meanwhile.
+    pub(crate) _access: Option<Arc<Access>>,
 }
 
 impl Labor for Backup {
@@ -35,10 +37,11 @@ impl Labor for Backup {
         let whole = self.copy(job)?;
         self.target.disk().flush().run()?;
         job.finalize_point()?;
-        match &self.bitmap {
-            Some((bitmap, true)) if whole => bitmap.restart(&self.pin)?,
-            Some((_, true)) => warn!(job = job.id(), "something was left out, so the bitmap stays dirty"),
-            _ => {}
+        for (bitmap, _) in self.bitmaps.iter().filter(|(_, cleans)| *cleans) {
+            match whole {
+                true => bitmap.restart(&self.pin)?,
+                false => warn!(job = job.id(), "something was left out, so the bitmap stays dirty"),
+            }
         }
         Ok(())
     }

@@ -13,8 +13,9 @@ use block::{Context, Disk, Error, ErrorKind, RawDisk, Result};
 use hostio::{Cache, HostFile, Open};
 use qcow2::Image;
 use serde::Serialize;
+use snapshot::BitmapInfo;
 
-pub(crate) use filter::{Access, Filter, NodeBitmaps, View, not_found};
+pub(crate) use filter::{Access, Filter, NodeBitmaps, View, bitmap_of, not_found, tidy};
 pub use options::NodeOptions;
 use options::{Driver, Reference};
 pub(crate) use writing::Writing;
@@ -60,12 +61,16 @@ pub struct NodeInfo {
     pub virtual_size: u64,
     /// Whether it is not written.
     pub read_only: bool,
+    /// Its dirty bitmaps.
+    pub dirty_bitmaps: Vec<BitmapInfo>,
 }
 
 /// All nodes that were added, by name.
 #[derive(Debug, Default)]
 pub(crate) struct Nodes {
     nodes: Mutex<BTreeMap<String, Arc<Node>>>,
+    /// Held while nodes are made, which may take long; before `nodes`.
+    adding: Mutex<()>,
     /// Names those that got none.
     next: AtomicU64,
 }
@@ -80,9 +85,9 @@ impl Nodes {
         self.lock().get(name).cloned()
     }
 
-    /// All of them.
-    pub(crate) fn list(&self) -> Vec<Arc<Node>> {
-        self.lock().values().cloned().collect()
+    /// What `tell` says of each. It holds none of them: a node that is held can not be removed.
+    pub(crate) fn map<T>(&self, tell: impl Fn(&Node) -> T) -> Vec<T> {
+        self.lock().values().map(|node| tell(node)).collect()
     }
 
     /// Adds a node and those that its options define. `disk_of` finds the disk that a name means. If it fails, none is added.
@@ -93,14 +98,12 @@ impl Nodes {
                 "'node-name' must be specified for the root node",
             ));
         }
+        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         let mut made = Vec::new();
         self.make(options, disk_of, &mut made)?;
         let mut nodes = self.lock();
         if nodes.len() + made.len() > MAX_NODES {
             return Err(Error::new(ErrorKind::Busy, "there are too many nodes: delete those of no use"));
-        }
-        if let Some(twice) = made.iter().find(|node| nodes.contains_key(&node.name)) {
-            return Err(duplicate(&twice.name));
         }
         nodes.extend(made.into_iter().map(|node| (node.name.clone(), node)));
         Ok(())
@@ -115,8 +118,8 @@ impl Nodes {
                 format!("Failed to find node with node-name='{name}'"),
             ));
         };
-        // One is the list's own.
-        if Arc::strong_count(node) > 1 {
+        // One is the list's own. A job reads what is in a snapshot-access node.
+        if Arc::strong_count(node) > 1 || node.is_read() {
             return Err(Error::new(ErrorKind::Busy, format!("Node {name} is in use")));
         }
         nodes.remove(name);
@@ -161,7 +164,7 @@ impl Nodes {
     ) -> Result<Kind> {
         let cache = if options.cache.direct { Cache::None } else { Cache::Writeback };
         let writable = !options.read_only;
-        let mut child = |reference: Reference| self.resolve(reference, disk_of, made);
+        let mut child = |reference: Reference| self.resolve(reference.within(writable), disk_of, made);
         match options.driver {
             Driver::File { filename } | Driver::HostDevice { filename } => {
                 let file = Arc::new(HostFile::open(&filename, Open { writable, cache })?);
@@ -169,11 +172,13 @@ impl Nodes {
             }
             Driver::Raw { file } => {
                 let file = child(file)?;
+                self.check_free(&file, writable)?;
                 let disk = Arc::new(RawDisk::new(file.storage()?, !writable)?);
                 Ok(Kind::Image { file, disk, qcow2: None })
             }
             Driver::Qcow2 { file, .. } => {
                 let file = child(file)?;
+                self.check_free(&file, writable)?;
                 let image = writing::open_qcow2(file.storage()?, writable)
                     .context(|| format!("Node '{}'", file.name))?;
                 let image = Arc::new(image);
@@ -198,6 +203,25 @@ impl Nodes {
                     }
                     _ => Err(Error::new(ErrorKind::InvalidInput, "'file' is not a copy-before-write node")),
                 }
+            }
+        }
+    }
+
+    /// Whether an image may be put on a file: one that is written shares it with nobody.
+    fn check_free(&self, file: &Arc<Node>, writable: bool) -> Result<()> {
+        if writable && file.read_only {
+            let story = format!("Block node is read-only: '{}'", file.name);
+            return Err(Error::new(ErrorKind::ReadOnly, story));
+        }
+        let conflicts = |node: &Arc<Node>| match &node.kind {
+            Kind::Image { file: used, .. } => Arc::ptr_eq(used, file) && (writable || !node.read_only),
+            _ => false,
+        };
+        match self.lock().values().find(|node| conflicts(node)) {
+            None => Ok(()),
+            Some(user) => {
+                let story = format!("node '{}' uses '{}', and one of them would write", user.name, file.name);
+                Err(Error::new(ErrorKind::Busy, story))
             }
         }
     }
@@ -227,11 +251,20 @@ impl Node {
         }
     }
 
+    /// Whether a job reads it.
+    fn is_read(&self) -> bool {
+        matches!(&self.kind, Kind::SnapshotAccess(access) if Arc::strong_count(access) > 1)
+    }
+
     /// As it is told of.
     pub(crate) fn info(&self) -> NodeInfo {
         let (filename, virtual_size) = self.place();
         let (node_name, driver, read_only) = (self.name.clone(), self.driver, self.read_only);
-        NodeInfo { node_name, driver, filename, virtual_size, read_only }
+        let dirty_bitmaps = match &self.kind {
+            Kind::SnapshotAccess(access) => access.bitmap_infos(),
+            _ => Vec::new(),
+        };
+        NodeInfo { node_name, driver, filename, virtual_size, read_only, dirty_bitmaps }
     }
 
     /// The file that it is in the end, and the bytes that it shows.

@@ -7,6 +7,8 @@
 //! ```
 //! Whatever the plan has taken is given back when it is dropped, so an action that is refused leaves nothing behind.
 
+mod check;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -22,7 +24,8 @@ use crate::labor::{Backup, Policies};
 use crate::model::{
     Action, BackupOptions, BackupRequest, BitmapAdd, BitmapMerge, BitmapMode, BitmapRef, BitmapSource, Sync,
 };
-use crate::nodes::{Access, Filter, Kind, NodeBitmaps, View, Writing, no_node, not_found};
+use crate::nodes::{Access, Filter, Kind, NodeBitmaps, View, Writing, bitmap_of, no_node, not_found, tidy};
+use check::check;
 
 impl Backups {
     /// `transaction`: does all actions, or none. Returns once the bitmaps are changed and the jobs have begun.
@@ -58,7 +61,16 @@ struct Ready {
     options: BackupOptions,
     /// Of a disk's bitmap.
     lock: Option<BitmapLock>,
+    /// Bitmaps that the same transaction cleans.
+    cleaned: Vec<BitmapLock>,
+    /// What is copied; all if `None`.
+    marked: Option<DirtyBitmap>,
 }
+
+/// What is read at the cut: the bitmaps of nodes as they will be, and what each backup copies.
+type Read = (Vec<Staged>, Vec<Option<DirtyBitmap>>);
+
+type Staged = (Arc<Access>, NodeBitmaps);
 
 /// A bitmap of a node that is to change.
 struct NodeChange {
@@ -84,8 +96,10 @@ struct Plan<'a> {
     /// Those that will show the disk as it is at the cut.
     filters: Vec<Arc<Filter>>,
     ready: Vec<Ready>,
+    /// Bitmaps that are cleaned once a backup has succeeded.
+    cleaned: Vec<(BitmapName, BitmapLock)>,
     /// The bitmaps of nodes as they will be.
-    staged: Vec<(Arc<Access>, NodeBitmaps)>,
+    staged: Vec<Staged>,
 }
 
 impl<'a> Plan<'a> {
@@ -98,6 +112,7 @@ impl<'a> Plan<'a> {
             node_changes: Vec::new(),
             filters: Vec::new(),
             ready: Vec::new(),
+            cleaned: Vec::new(),
             staged: Vec::new(),
         }
     }
@@ -207,7 +222,7 @@ impl<'a> Plan<'a> {
             Source::Disk(disk) => drop(self.disks.insert(disk.clone())),
             Source::Access(access) => self.need(&access.filter),
         }
-        self.ready.push(Ready { seat, source, target, options, lock });
+        self.ready.push(Ready { seat, source, target, options, lock, cleaned: Vec::new(), marked: None });
         Ok(())
     }
 
@@ -240,6 +255,7 @@ impl<'a> Plan<'a> {
     }
 
     fn carry_out(mut self) -> Result<()> {
+        self.defer_clears()?;
         let pins = self.take_cut()?;
         for filter in &self.filters {
             *filter.view() = View { pin: pins.get(&filter.disk).cloned(), used: true };
@@ -247,7 +263,9 @@ impl<'a> Plan<'a> {
         self.staged.iter().for_each(|(access, bitmaps)| access.bitmaps().clone_from(bitmaps));
         // All or none: what has begun is called off if another one can not.
         let mut begun: Vec<String> = Vec::new();
-        for ready in std::mem::take(&mut self.ready) {
+        for mut ready in std::mem::take(&mut self.ready) {
+            let of_disk = self.cleaned.extract_if(.., |(bitmap, _)| bitmap.disk == ready.source.disk());
+            ready.cleaned = of_disk.map(|(_, lock)| lock).collect();
             let id = ready.seat.id().to_owned();
             if let Err(error) = begin(ready, &pins) {
                 for id in &begun {
@@ -260,29 +278,93 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
+    /// A bitmap that is cleaned along with a backup of its disk tells afterwards what this backup lacks. So it becomes clean
+    /// when the backup has succeeded, at the instant that was copied: should the job fail or die with the daemon, the next
+    /// increment still has all that changed since the backup before. Until then the job uses it.
+    fn defer_clears(&mut self) -> Result<()> {
+        let mentions = |change: &MarkChange, name: &BitmapName| match change {
+            MarkChange::Checkpoint { .. } => false,
+            MarkChange::Add { bitmap, .. } => bitmap == name,
+            MarkChange::Remove(bitmap) | MarkChange::Clear(bitmap) => bitmap == name,
+            MarkChange::Enable(bitmap) | MarkChange::Disable(bitmap) => bitmap == name,
+            MarkChange::Merge { target, sources } => target == name || sources.contains(name),
+        };
+        let is_backed_up = |disk: &str| self.ready.iter().any(|ready| ready.source.disk() == disk);
+        let deferred = self.changes.iter().filter_map(|change| match change {
+            // What else the transaction does with it would come in the wrong order.
+            MarkChange::Clear(name) if is_backed_up(&name.disk) => {
+                (self.changes.iter().filter(|other| mentions(other, name)).count() == 1).then(|| name.clone())
+            }
+            _ => None,
+        });
+        for name in deferred.collect::<Vec<_>>() {
+            let lock = self.backups.manager.bitmap_lock(&name.disk, &name.name)?;
+            self.changes.retain(|change| !mentions(change, &name));
+            self.cleaned.push((name, lock));
+        }
+        Ok(())
+    }
+
     /// The cut, if one is needed, and the changes of bitmaps, all or none; the disks as they are at it.
     fn take_cut(&mut self) -> Result<BTreeMap<String, Arc<Pin>>> {
         let manager = &self.backups.manager;
         self.disks.extend(manager.disks_to_cut(&self.changes));
         if self.disks.is_empty() {
-            self.staged = self.stage(&[])?;
+            let read = self.read(&[])?;
             manager.change_marks(&self.changes)?;
+            self.note(read);
             return Ok(BTreeMap::new());
         }
         let disks = Some(self.disks.iter().cloned().collect());
         let request = CutRequest { snapshot: None, disks, freeze: Some(FreezePolicy::Never) };
-        let mut staged = Vec::new();
+        let mut read = Read::default();
         let taken = manager.cut_reading(request, &self.changes, |pins| {
-            staged = self.stage(pins)?;
+            read = self.read(pins)?;
             Ok(())
         })?;
-        self.staged = staged;
+        self.note(read);
         Ok(taken.pins.into_iter().map(|pin| (pin.id().to_owned(), Arc::new(pin))).collect())
     }
 
+    /// Reads what is to be read at the cut, before anything is changed.
+    fn read(&self, pins: &[Pin]) -> Result<Read> {
+        let staged = self.stage(pins)?;
+        let marked =
+            self.ready.iter().map(|ready| self.marked(ready, pins, &staged)).collect::<Result<_>>()?;
+        Ok((staged, marked))
+    }
+
+    fn note(&mut self, (staged, marked): Read) {
+        self.staged = staged;
+        self.ready.iter_mut().zip(marked).for_each(|(ready, marked)| ready.marked = marked);
+    }
+
+    /// What a backup copies; all if `None`.
+    fn marked(&self, ready: &Ready, pins: &[Pin], staged: &[Staged]) -> Result<Option<DirtyBitmap>> {
+        let (Sync::Incremental | Sync::Bitmap, Some(name)) = (ready.options.sync, &ready.options.bitmap)
+        else {
+            return Ok(None);
+        };
+        match (&ready.source, &ready.lock) {
+            (Source::Access(access), _) => {
+                let own = access.filter.view().pin.clone();
+                let cut = pins.iter().find(|pin| pin.id() == access.filter.disk);
+                let pin = cut.or(own.as_deref()).ok_or_else(|| no_node(&access.filter.disk))?;
+                let known = staged.iter().find(|(known, _)| Arc::ptr_eq(known, access));
+                let bitmaps = known.map_or_else(|| access.bitmaps().clone(), |(_, bitmaps)| bitmaps.clone());
+                bitmap_of(&bitmaps, name, pin.disk().capacity()).map(Some)
+            }
+            (Source::Disk(disk), Some(lock)) => {
+                let pin = pins.iter().find(|pin| pin.id() == disk).ok_or_else(|| no_node(disk))?;
+                lock.dirty(pin).map(Some)
+            }
+            (Source::Disk(_), None) => Err(not_found(name)),
+        }
+    }
+
     /// The bitmaps of nodes as they will be. `pins` are the disks at the cut.
-    fn stage(&self, pins: &[Pin]) -> Result<Vec<(Arc<Access>, NodeBitmaps)>> {
-        let mut staged: Vec<(Arc<Access>, NodeBitmaps)> = Vec::new();
+    fn stage(&self, pins: &[Pin]) -> Result<Vec<Staged>> {
+        let mut staged: Vec<Staged> = Vec::new();
         for NodeChange { access, name, to } in &self.node_changes {
             let merged = match to {
                 To::Merged(sources) => self.merged(access, sources, pins, &staged)?,
@@ -301,7 +383,11 @@ impl<'a> Plan<'a> {
                 To::Added { granularity } => drop(bitmaps.insert(name.clone(), (*granularity, Vec::new()))),
                 To::Removed => drop(bitmaps.remove(name).ok_or_else(|| not_found(name))?),
                 To::Clean => entry(bitmaps, name)?.clear(),
-                To::Merged(_) => entry(bitmaps, name)?.extend(merged),
+                To::Merged(_) => {
+                    let dirty = entry(bitmaps, name)?;
+                    dirty.extend(merged);
+                    tidy(dirty);
+                }
             }
         }
         Ok(staged)
@@ -313,7 +399,7 @@ impl<'a> Plan<'a> {
         access: &Access,
         sources: &[BitmapRef],
         pins: &[Pin],
-        staged: &[(Arc<Access>, NodeBitmaps)],
+        staged: &[Staged],
     ) -> Result<Vec<ByteRange>> {
         let own = access.filter.view().pin.clone();
         let cut = pins.iter().find(|pin| pin.id() == access.filter.disk);
@@ -322,7 +408,11 @@ impl<'a> Plan<'a> {
         for source in sources {
             match self.owner(&source.node)? {
                 Source::Disk(disk) => {
-                    let dirty = self.backups.manager.bitmap_lock(&disk, &source.name)?.dirty(pin)?;
+                    let own = |(name, _): &&(BitmapName, _)| name.disk == disk && name.name == source.name;
+                    let dirty = match self.cleaned.iter().find(own) {
+                        Some((_, lock)) => lock.dirty(pin)?,
+                        None => self.backups.manager.bitmap_lock(&disk, &source.name)?.dirty(pin)?,
+                    };
                     merged.extend(ranges(&dirty));
                 }
                 Source::Access(other) => {
@@ -352,65 +442,27 @@ fn ranges(bitmap: &DirtyBitmap) -> impl Iterator<Item = ByteRange> {
 }
 
 fn begin(ready: Ready, pins: &BTreeMap<String, Arc<Pin>>) -> Result<()> {
-    let Ready { seat, source, target, options, lock } = ready;
+    let Ready { seat, source, target, options, lock, cleaned, marked } = ready;
     let pin = match &source {
         Source::Disk(disk) => pins.get(disk).cloned(),
         Source::Access(access) => access.filter.view().pin.clone(),
     };
     let pin = pin.ok_or_else(|| no_node(source.disk()))?;
-    let marked = match (options.sync, &source, &options.bitmap, &lock) {
-        (Sync::Full | Sync::Top | Sync::None, ..) => None,
-        (_, Source::Access(access), Some(name), _) => Some(access.bitmap(name, pin.disk().capacity())?),
-        (_, _, _, lock) => lock.as_ref().map(|lock| lock.dirty(&pin)).transpose()?,
-    };
     let cleans = options.sync == Sync::Incremental
         || matches!(options.bitmap_mode, Some(BitmapMode::OnSuccess | BitmapMode::Always));
+    let cleaned = cleaned.into_iter().map(|lock| (lock, true));
     let work = Backup {
         copy: Copy::new(pin.disk(), Arc::clone(target.disk()), marked),
         target,
         policies: Policies { read: options.on_source_error, write: options.on_target_error },
         pin,
-        bitmap: lock.map(|lock| (lock, cleans)),
+        bitmaps: lock.map(|lock| (lock, cleans)).into_iter().chain(cleaned).collect(),
+        _access: match source {
+            Source::Access(access) => Some(access),
+            Source::Disk(_) => None,
+        },
     };
     seat.start(Box::new(work))
-}
-
-/// What is asked, by itself: the rules and words of QEMU's `do_backup_common` (`blockdev.c`, `block/backup.c`).
-fn check(options: &BackupOptions) -> Result<()> {
-    use BitmapMode::{Never, OnSuccess};
-    let unsupported = |story: &str| Err(Error::new(ErrorKind::Unsupported, story));
-    match (options.sync, &options.bitmap, options.bitmap_mode) {
-        (Sync::None, ..) => {
-            return unsupported(
-                "sync 'none' is not there: read the disk through copy-before-write and snapshot-access",
-            );
-        }
-        (Sync::Incremental, None, _) => {
-            return Err(invalid("must provide a valid bitmap name for 'incremental' sync mode"));
-        }
-        (Sync::Bitmap, None, _) => {
-            return Err(invalid("must provide a valid bitmap name for 'bitmap' sync mode"));
-        }
-        (Sync::Incremental, Some(_), mode) if mode.is_some_and(|mode| mode != OnSuccess) => {
-            return Err(invalid("Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"));
-        }
-        (Sync::Full | Sync::Top | Sync::Bitmap, Some(_), None) => {
-            return Err(invalid("Bitmap sync mode must be given when providing a bitmap"));
-        }
-        (Sync::Full | Sync::Top, Some(_), Some(Never)) => {
-            return Err(invalid(
-                "Bitmap sync mode 'never' has no meaningful effect when combined with a whole copy",
-            ));
-        }
-        (_, None, Some(_)) => return Err(invalid("Cannot specify bitmap sync mode without a bitmap")),
-        _ => {}
-    }
-    match options.compress {
-        true => {
-            unsupported("a backup can not be compressed yet: compress its file with `qemu-img convert -c`")
-        }
-        false => Ok(()),
-    }
 }
 
 fn invalid(story: &str) -> Error {

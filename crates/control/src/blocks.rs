@@ -117,7 +117,8 @@ pub(crate) fn added(node: NodeInfo) -> BlockDeviceInfo {
         backing_filename: None,
         backing_filename_format: None,
     };
-    device_info(filename, node.node_name, node.read_only, image, false)
+    let info = device_info(filename, node.node_name, node.read_only, image, false);
+    BlockDeviceInfo { dirty_bitmaps: node.dirty_bitmaps, ..info }
 }
 
 /// The disk that the node of this name is, or whose active layer: all else can not be resized.

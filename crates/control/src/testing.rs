@@ -335,7 +335,14 @@ impl Service for Fake {
 
     fn nodes(&self) -> Vec<NodeInfo> {
         let (node_name, filename) = ("target".to_owned(), PathBuf::from("/backups/vda.raw"));
-        vec![NodeInfo { node_name, driver: "raw", filename, virtual_size: 1 << 30, read_only: false }]
+        vec![NodeInfo {
+            node_name,
+            driver: "raw",
+            filename,
+            virtual_size: 1 << 30,
+            read_only: false,
+            dirty_bitmaps: Vec::new(),
+        }]
     }
 
     fn set_drive(&self, _path: &str, _node: &str) -> Result<()> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::{ByteRange, DirtyBitmap, Error, ErrorKind, Result};
-use snapshot::Pin;
+use snapshot::{BitmapInfo, Pin};
 
 use super::Node;
 
@@ -60,14 +60,44 @@ impl Access {
         self.bitmaps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Its bitmaps, as they are told of.
+    pub(super) fn bitmap_infos(&self) -> Vec<BitmapInfo> {
+        let info = |(name, (granularity, dirty)): (&String, &(u32, Vec<ByteRange>))| BitmapInfo {
+            name: name.clone(),
+            count: dirty.iter().map(|range| range.len).sum(),
+            granularity: *granularity,
+            recording: true,
+            busy: false,
+            persistent: false,
+            inconsistent: false,
+        };
+        self.bitmaps().iter().map(info).collect()
+    }
+
     /// One of its bitmaps, for a disk of `capacity` bytes.
     pub(crate) fn bitmap(&self, name: &str, capacity: u64) -> Result<DirtyBitmap> {
-        let bitmaps = self.bitmaps();
-        let (granularity, dirty) = bitmaps.get(name).ok_or_else(|| not_found(name))?;
-        let bitmap = DirtyBitmap::new(capacity, granularity.trailing_zeros())?;
-        dirty.iter().for_each(|range| bitmap.mark(*range));
-        Ok(bitmap)
+        bitmap_of(&self.bitmaps(), name, capacity)
     }
+}
+
+/// One of a node's bitmaps, for a disk of `capacity` bytes.
+pub(crate) fn bitmap_of(bitmaps: &NodeBitmaps, name: &str, capacity: u64) -> Result<DirtyBitmap> {
+    let (granularity, dirty) = bitmaps.get(name).ok_or_else(|| not_found(name))?;
+    let bitmap = DirtyBitmap::new(capacity, granularity.trailing_zeros())?;
+    dirty.iter().for_each(|range| bitmap.mark(*range));
+    Ok(bitmap)
+}
+
+/// Ranges in their order, with nothing twice.
+pub(crate) fn tidy(ranges: &mut Vec<ByteRange>) {
+    ranges.sort_unstable_by_key(|range| range.offset);
+    ranges.dedup_by(|next, last| {
+        let touches = next.offset <= last.end();
+        if touches {
+            last.len = last.end().max(next.end()) - last.offset;
+        }
+        touches
+    });
 }
 
 /// QEMU's words for a bitmap that is not there.

@@ -71,3 +71,13 @@ pub(super) enum Reference {
     Name(String),
     Definition(Box<NodeOptions>),
 }
+
+impl Reference {
+    /// As in QEMU, what is defined within a node that is not written is not written either.
+    pub(super) fn within(mut self, writable: bool) -> Self {
+        if let Self::Definition(options) = &mut self {
+            options.read_only |= !writable;
+        }
+        self
+    }
+}

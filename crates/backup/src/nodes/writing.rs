@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 
-use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Result, Storage, WriteGuard};
+use block::{
+    ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Result, Source, Storage, WriteGuard,
+};
 use hostio::HostFile;
 use qcow2::{Header, Image, Journal, Mode, Parts};
 
@@ -75,18 +77,23 @@ pub(super) fn open_qcow2(file: Arc<HostFile>, writable: bool) -> Result<Image> {
     if header.has_data_file {
         return Err(Error::new(ErrorKind::Unsupported, "it has an external data file"));
     }
-    let backing = header.backing_file.map(|_| Arc::new(Beneath(header.capacity)) as Arc<dyn Disk>);
+    let beneath = Arc::new(Beneath { capacity: header.capacity, is_none: header.backing_file.is_none() });
     let mode = match writable {
         // What a backup that was killed leaves is made again, never recovered.
         true => Mode::Writable(Journal::create(Arc::new(Nowhere), Arc::new(Nowhere), "none")?),
         false => Mode::ReadOnly,
     };
-    Image::open(Parts::new(file, backing), mode)
+    Image::open(Parts::new(file, Some(beneath)), mode)
 }
 
-/// The backing file of a target: not opened, for a backup writes whole clusters. It can not be taken for zeroes.
+/// What is beneath a target: its backing file, which is not opened, for a backup writes whole clusters; or nothing yet. An
+/// increment may be put on top of the backup before it when it is restored, so what is zero in it must say so, as if
+/// something else could show.
 #[derive(Debug)]
-struct Beneath(u64);
+struct Beneath {
+    capacity: u64,
+    is_none: bool,
+}
 
 impl Beneath {
     fn refuse<T>() -> Result<T> {
@@ -96,7 +103,7 @@ impl Beneath {
 
 impl Disk for Beneath {
     fn capacity(&self) -> u64 {
-        self.0
+        self.capacity
     }
 
     fn read_only(&self) -> bool {
@@ -107,8 +114,12 @@ impl Disk for Beneath {
         512
     }
 
-    fn resolve_read(&self, _range: ByteRange, _out: &mut Vec<Extent>) -> Result<()> {
-        Self::refuse()
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<()> {
+        if !self.is_none {
+            return Self::refuse();
+        }
+        out.push(Extent { len: range.len, source: Source::Zero });
+        Ok(())
     }
 
     fn resolve_write(&self, _: ByteRange, _: &Waker, _: &mut Vec<Extent>) -> Poll<Result<WriteGuard>> {
