@@ -4,45 +4,19 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, OnceLock};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use control::Server;
 use control::client::Client;
 use control::testing::Fake;
+use frazil_tests::{python_programs, run_tool};
 use serde_json::json;
 
-/// The release that the test is written for.
-const PACKAGE: &str = "qemu.qmp==0.0.6";
-
-/// A Python environment with the package, made once and kept for the next run.
-fn environment() -> &'static Path {
-    static MADE: OnceLock<PathBuf> = OnceLock::new();
-    MADE.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("qmp-venv");
-        // One test process makes it, the other waits.
-        let lock = std::fs::File::create(folder.with_extension("lock")).unwrap();
-        lock.lock().unwrap();
-        let stamp = folder.join(PACKAGE);
-        if stamp.exists() {
-            return folder;
-        }
-        let missing = "install python3 with its venv module (Debian: apt-get install python3-venv)";
-        run(Command::new("python3").args(["-m", "venv"]).arg(&folder), missing);
-        let missing = "the package index cannot be reached";
-        run(Command::new(folder.join("bin/pip")).args(["install", "--quiet", PACKAGE]), missing);
-        std::fs::write(stamp, "").unwrap();
-        folder
-    })
-}
-
-fn run(command: &mut Command, advice: &str) -> Output {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}; {advice}"));
-    let text =
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{command:?} failed; {advice}\n{text}");
-    output
+/// The programs of the Python environment.
+fn python() -> PathBuf {
+    python_programs(Path::new(env!("CARGO_TARGET_TMPDIR")))
 }
 
 /// A server of a fake disk.
@@ -59,13 +33,13 @@ fn the_python_client_gets_along_with_it() {
     let folder = tempfile::tempdir().unwrap();
     let (_server, service, path) = serve(folder.path());
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/qmp_client.py");
-    run(Command::new(environment().join("bin/python")).arg(script).arg(path), "see what Python says");
+    run_tool(Command::new(python().join("python")).arg(script).arg(path), "see what Python says");
     assert!(service.has_quit());
 }
 
 /// Types `lines` into a `qmp-shell` that is connected to `socket`; what it says.
 fn type_into_shell(socket: &Path, home: &Path, lines: &str) -> String {
-    let mut shell = Command::new(environment().join("bin/qmp-shell"))
+    let mut shell = Command::new(python().join("qmp-shell"))
         .arg(socket)
         // It keeps its history there.
         .env("HOME", home)
