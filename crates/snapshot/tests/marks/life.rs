@@ -319,7 +319,7 @@ impl Life {
         if let Some((pin, past)) = &self.pin {
             for (block, expected) in &past.content {
                 let mut found = [0];
-                read_disk(&**pin.disk(), block * BLOCK, &mut found).unwrap();
+                read_disk(&*pin.disk(), block * BLOCK, &mut found).unwrap();
                 assert_eq!(found[0], *expected, "what is pinned has changed");
             }
         }
