@@ -18,7 +18,7 @@ use crate::model::BitmapSource;
 use crate::nodes::{Kind, Node, Writing, no_node};
 
 /// How long clients whose requests are under way are waited for when the server stops.
-const GRACE: Duration = Duration::from_secs(5);
+pub(crate) const GRACE: Duration = Duration::from_secs(5);
 
 /// `nbd-server-start`.
 #[derive(Clone, Debug, Deserialize)]
@@ -33,7 +33,7 @@ pub struct ServerOptions {
 }
 
 /// Where to listen: QEMU's `SocketAddressLegacy`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "type", content = "data")]
 pub enum SocketAddress {
     /// TCP.
@@ -183,18 +183,8 @@ impl Backups {
         if let Some(most) = options.max_connections {
             config.max_connections = if most == 0 { usize::MAX } else { most as usize };
         }
-        let address = match options.addr {
-            SocketAddress::Unix { path } => {
-                absolute(&path)?;
-                Address::Unix(path)
-            }
-            SocketAddress::Inet { host, port } if host.contains(':') => {
-                Address::Tcp(format!("[{host}]:{port}"))
-            }
-            SocketAddress::Inet { host, port } => Address::Tcp(format!("{host}:{port}")),
-        };
         let started = Server::new(config);
-        started.listen(address)?;
+        started.listen(address_of(&options.addr)?)?;
         *server = Some(started);
         Ok(())
     }
@@ -361,6 +351,18 @@ impl Content {
     fn of_pin(pin: Arc<Pin>, node: Option<Arc<Node>>) -> Self {
         Self { disk: pin.disk(), layers: pin.layers(), pin: Some(pin), writing: None, node }
     }
+}
+
+/// Where to listen, in the server's words.
+pub(crate) fn address_of(address: &SocketAddress) -> Result<Address> {
+    Ok(match address {
+        SocketAddress::Unix { path } => {
+            absolute(path)?;
+            Address::Unix(path.clone())
+        }
+        SocketAddress::Inet { host, port } if host.contains(':') => Address::Tcp(format!("[{host}]:{port}")),
+        SocketAddress::Inet { host, port } => Address::Tcp(format!("{host}:{port}")),
+    })
 }
 
 /// The daemon's working directory means nothing to a client.

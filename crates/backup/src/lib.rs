@@ -31,6 +31,7 @@ mod exports;
 mod labor;
 mod model;
 mod nodes;
+mod serving;
 mod transaction;
 
 pub use actions::Backups;
@@ -40,3 +41,4 @@ pub use model::{
     OnError, Sync,
 };
 pub use nodes::{NodeInfo, NodeOptions};
+pub use serving::{ServeRequest, Serving};

@@ -21,7 +21,7 @@ use crate::message::Request;
 use crate::schema::SCHEMA;
 
 #[cfg(test)]
-pub(crate) use snapshots::EXPORT_PROGRESS;
+pub(crate) use snapshots::{EXPORT_PROGRESS, EXPORT_READY};
 
 /// The command that ends the negotiation, and works only in it.
 const NEGOTIATE: &str = "qmp_capabilities";
@@ -35,6 +35,8 @@ pub(crate) struct Caller<'a> {
     /// Sends an event to this client alone, or drops it if the client is slow. A break if the client is gone: what is done
     /// for it alone shall end.
     pub(crate) progress: &'a dyn Fn(&str, Value) -> ControlFlow<()>,
+    /// Whether the client has gone.
+    pub(crate) is_gone: &'a dyn Fn() -> bool,
 }
 
 type Arguments = Map<String, Value>;

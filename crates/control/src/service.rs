@@ -4,7 +4,10 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use backup::{Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServerOptions, TlsCredentials};
+use backup::{
+    Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServeRequest, ServerOptions, Serving,
+    TlsCredentials,
+};
 use block::Result;
 use serde::{Deserialize, Serialize};
 use snapshot::{
@@ -133,6 +136,9 @@ pub trait Service: Send + Sync {
 
     /// What is offered.
     fn exports(&self) -> Vec<ExportInfo>;
+
+    /// Serves one disk of a snapshot over NBD until `tell` has enough.
+    fn serve(&self, request: &ServeRequest, tell: &dyn Fn(Serving) -> ControlFlow<()>) -> Result<()>;
 
     /// Has all requests tried again that wait for the host.
     fn resume(&self);

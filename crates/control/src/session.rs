@@ -125,7 +125,8 @@ impl Session {
             if self.is_gone() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let (id, request) = parse_request(value);
-        let caller = Caller { service, client: self.client, progress: &progress };
+        let caller =
+            Caller { service, client: self.client, progress: &progress, is_gone: &|| self.is_gone() };
         message::reply(id, request.and_then(|request| dispatch(&caller, negotiated, request)))
     }
 }

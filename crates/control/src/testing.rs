@@ -6,7 +6,10 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use backup::{Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServerOptions, TlsCredentials};
+use backup::{
+    Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServeRequest, ServerOptions, Serving,
+    TlsCredentials,
+};
 use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, WriteErrors};
 use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
@@ -396,6 +399,14 @@ impl Service for Fake {
     fn exports(&self) -> Vec<ExportInfo> {
         let (id, node_name) = ("e".to_owned(), "vda".to_owned());
         vec![ExportInfo { id, r#type: "nbd".to_owned(), node_name, shutting_down: false }]
+    }
+
+    fn serve(&self, _request: &ServeRequest, tell: &dyn Fn(Serving) -> ControlFlow<()>) -> Result<()> {
+        let mut wanted = tell(Serving::Ready("/nbd".to_owned()));
+        while wanted.is_continue() {
+            wanted = tell(Serving::GoOn);
+        }
+        Ok(())
     }
 
     fn resume(&self) {

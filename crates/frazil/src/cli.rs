@@ -197,10 +197,20 @@ pub(crate) enum Snapshot {
         #[arg(long, value_name = "ID")]
         disk: String,
         /// The new image's format.
-        #[arg(long, value_name = "FORMAT", value_parser = word::<ImageFormat>())]
-        format: ImageFormat,
+        #[arg(long, value_name = "FORMAT", value_parser = word::<ImageFormat>(), required_unless_present = "nbd")]
+        format: Option<ImageFormat>,
         /// The new image.
-        out: PathBuf,
+        #[arg(required_unless_present = "nbd", requires = "format")]
+        out: Option<PathBuf>,
+        /// Serve it over NBD instead, at a socket's path or HOST:PORT, until this command is ended.
+        #[arg(long, value_name = "SOCKET|HOST:PORT", conflicts_with_all = ["out", "format"])]
+        nbd: Option<String>,
+        /// With --nbd: let clients write, to an overlay that is thrown away at the end.
+        #[arg(long, requires = "nbd")]
+        writable: bool,
+        /// With --nbd: tell clients what has changed since a checkpoint or an older snapshot (qemu:dirty-bitmap:NAME).
+        #[arg(long, value_name = "NAME", requires = "nbd")]
+        since: Option<String>,
         #[command(flatten)]
         place: Place,
     },

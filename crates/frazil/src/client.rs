@@ -10,6 +10,7 @@ mod via;
 
 use std::path::PathBuf;
 
+use backup::{ServeRequest, SocketAddress};
 use serde_json::{Value, json};
 use snapshot::{CreateRequest, DeleteRequest, FreezePolicy, Grade, SnapshotRecord};
 
@@ -74,10 +75,14 @@ pub(crate) fn snapshot(command: Snapshot) -> Result<(), Failure> {
             let id = via.delete(DeleteRequest { name: name.clone(), options: jobs::options(&job) })?;
             jobs::follow(&mut via, &id, &job, &format!("deleted {name}"))
         }
-        Snapshot::Export { name, disk, format, out, place } => {
+        Snapshot::Export { name, disk, format: Some(format), out: Some(out), place, .. } => {
             let out = absolute(out)?;
             Via::open(&place)?.export(&Export { name: &name, disk: &disk, format, target: &out })?;
             print(&format!("exported disk {disk} of {name} to {}\n", out.display()))
+        }
+        Snapshot::Export { name, disk, nbd, writable, since, place, .. } => {
+            let addr = address(nbd.unwrap_or_default())?;
+            Via::open(&place)?.serve(ServeRequest { name, disk, addr, writable, since })
         }
         Snapshot::Revert { name, discard_newer, place } => {
             Via::open(&place)?.revert(&name, discard_newer)?;
@@ -103,6 +108,17 @@ fn create(what: What, daemon: &Daemon, output: Output) -> Result<(), Failure> {
 fn arguments(what: What) -> Result<Value, Failure> {
     let request = CreateRequest { name: what.name, disks: what.disks, freeze: what.freeze };
     serde_json::to_value(request).map_err(|error| Failure::new(Exit::Failed, "write the request", error))
+}
+
+/// A path has a slash in it; anything else is a host and a port.
+fn address(text: String) -> Result<SocketAddress, Failure> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !text.contains('/') => {
+            let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+            Ok(SocketAddress::Inet { host, port: port.to_owned() })
+        }
+        _ => Ok(SocketAddress::Unix { path: absolute(PathBuf::from(text))? }),
+    }
 }
 
 /// The daemon has another working directory.

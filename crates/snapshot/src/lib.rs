@@ -34,7 +34,7 @@ pub use jobs::{
     JobStatus, JobType, JobVerb, Labor, Seat, StreamRequest,
 };
 pub use layer::DEFAULT_METADATA_CACHE;
-pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager};
+pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager, SnapshotReader};
 pub use marks::{
     BitmapInfo, BitmapLock, BitmapName, Changes, CheckpointDisk, CheckpointRecord, CheckpointRequest,
     CutRequest, DEFAULT_GRANULARITY, MarkChange, Pin, Point, Taken,

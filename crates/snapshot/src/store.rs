@@ -100,6 +100,11 @@ impl Store {
         }
     }
 
+    /// The state directory.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Where a small file of the state directory is.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.folder.join(name)

@@ -19,6 +19,7 @@ mod killed;
 mod ledger;
 mod load;
 mod marks;
+mod nbd;
 mod prefix;
 mod recipe;
 mod served;

@@ -203,6 +203,13 @@ impl Served {
         layers.map(|layer| (word(layer, "path").into(), word(layer, "format"))).collect()
     }
 
+    /// `frazil WORDS…`, which goes on.
+    pub(crate) fn spawn(&self, words: &[&str]) -> Child {
+        let mut command = Command::new(program());
+        command.args(words).current_dir(self.folder.path()).stdout(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
     /// `frazil WORDS…`.
     pub(crate) fn command(&self, words: &[&str]) -> Output {
         let output = Command::new(program()).args(words).current_dir(self.folder.path()).output();

@@ -13,7 +13,7 @@ use qcow2::{Header, Image, Journal, Mode, Parts};
 use super::{Kind, Node};
 
 /// Changes of tables that may wait in memory, some tens of bytes each.
-const MAX_PENDING: usize = 64 << 10;
+pub(crate) const MAX_PENDING: usize = 64 << 10;
 
 /// A node while a job writes to it: nobody else may.
 #[derive(Debug)]
@@ -150,7 +150,7 @@ impl Flush for Nothing {
 
 /// Where the journal of a target goes.
 #[derive(Debug)]
-struct Nowhere;
+pub(crate) struct Nowhere;
 
 impl Storage for Nowhere {
     fn read_at(&self, _buf: &mut [u8], _offset: u64) -> Result<()> {

@@ -1,8 +1,10 @@
 //! Snapshots: taken at once or in two phases, read, reverted to, deleted.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use backup::{ServeRequest, Serving};
 use serde::Deserialize;
 use serde_json::json;
 use snapshot::{CreateRequest, DeleteRequest, FreezePolicy, ImageFormat};
@@ -12,6 +14,9 @@ use crate::error::CommandError;
 
 /// The event that only the client that exports receives.
 pub(crate) const EXPORT_PROGRESS: &str = "FRAZIL_EXPORT_PROGRESS";
+
+/// The event by which the client that asked for it hears that a snapshot is being served.
+pub(crate) const EXPORT_READY: &str = "FRAZIL_EXPORT_READY";
 
 /// How long a prepared snapshot may hold the guest's I/O unless told otherwise, in milliseconds. Windows thaws itself
 /// after 10 s, a Linux guest complains of hung tasks after 120 s.
@@ -29,6 +34,7 @@ pub(super) const COMMANDS: &[Command] = &[
     ("snapshot-delete", delete),
     ("snapshot-revert", revert),
     ("snapshot-export", export),
+    ("snapshot-serve", serve),
 ];
 
 #[derive(Deserialize)]
@@ -110,6 +116,21 @@ fn export(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
         (caller.progress)(EXPORT_PROGRESS, data)
     };
     caller.service.export(&name, &disk, &target, format, &progress)?;
+    nothing()
+}
+
+/// Serves until the client has gone: so an export lasts as long as the program that asked for it.
+fn serve(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
+    let request: ServeRequest = typed(arguments)?;
+    let tell = |serving: Serving| match serving {
+        Serving::Ready(address) => {
+            let data = json!({ "name": request.name, "disk": request.disk, "address": address });
+            (caller.progress)(EXPORT_READY, data)
+        }
+        Serving::GoOn if (caller.is_gone)() => ControlFlow::Break(()),
+        Serving::GoOn => ControlFlow::Continue(()),
+    };
+    caller.service.serve(&request, &tell)?;
     nothing()
 }
 

@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 
 use super::*;
 use crate::Service;
-use crate::commands::{Caller, EXPORT_PROGRESS, all, run};
+use crate::commands::{Caller, EXPORT_PROGRESS, EXPORT_READY, all, run};
 use crate::testing::Fake;
 
 /// Whether an object is what the structure of that name says.
@@ -49,7 +49,12 @@ fn what_the_check_lets_pass_the_types_take() {
     for (name, signature) in SCHEMA.commands.iter().filter(|(name, _)| *name != "qmp_capabilities") {
         for (turn, full) in (0..16).flat_map(|turn| [(turn, true), (turn, false)]) {
             let (service, _events) = Fake::new();
-            let caller = Caller { service: &service, client: 1, progress: &|_, _| ControlFlow::Continue(()) };
+            let caller = Caller {
+                service: &service,
+                client: 1,
+                progress: &|_, _| ControlFlow::Continue(()),
+                is_gone: &|| true,
+            };
             let arguments = sample(&signature.arguments, turn, full);
             if let Err(error) = run(&caller, name, arguments.as_object().unwrap().clone()) {
                 let story = format!("{name} with {arguments}: {}", error.desc);
@@ -119,7 +124,12 @@ fn every_type_that_is_named_is_defined_and_every_type_that_is_defined_is_used() 
 #[test]
 fn what_commands_return_is_what_is_documented() {
     let (service, _events) = Fake::new();
-    let caller = Caller { service: &service, client: 1, progress: &|_, _| ControlFlow::Continue(()) };
+    let caller = Caller {
+        service: &service,
+        client: 1,
+        progress: &|_, _| ControlFlow::Continue(()),
+        is_gone: &|| true,
+    };
     let prepare = |name: &str| json!({"name": name});
     let calls = [
         ("query-version", json!({})),
@@ -147,6 +157,10 @@ fn what_commands_return_is_what_is_documented() {
         ("query-snapshot", prepare("a")),
         ("query-snapshot", json!({"name": "a", "probe": true})),
         ("snapshot-export", json!({"name": "a", "disk": "vda", "target": "/x", "format": "raw"})),
+        (
+            "snapshot-serve",
+            json!({"name": "a", "disk": "vda", "addr": {"type": "unix", "data": {"path": "/nbd"}}, "writable": true}),
+        ),
         ("snapshot-revert", prepare("b")),
         ("snapshot-delete", json!({"name": "b", "job-id": "j", "speed": 1, "auto-dismiss": false})),
         ("block-commit", json!({"device": "vda", "top": "/images/vda.1.qcow2", "base-node": "vda.0"})),
@@ -264,7 +278,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
     ];
     assert_eq!(enumeration("JobStatus"), json!(statuses));
     events.extend(statuses.map(|status| Event::Job { id: name(), status }));
-    let mut seen = BTreeMap::from([(EXPORT_PROGRESS.to_owned(), ())]);
+    let mut seen = BTreeMap::from([(EXPORT_PROGRESS.to_owned(), ()), (EXPORT_READY.to_owned(), ())]);
     for event in &events {
         // A new event must be added above: this match makes sure of it.
         match event {
@@ -283,8 +297,10 @@ fn the_events_and_their_data_are_the_documented_ones() {
         ControlFlow::Continue(())
     };
     let export = json!({"name": "a", "disk": "vda", "target": "/x", "format": "raw"});
-    let caller = Caller { service: &service, client: 1, progress: &progress };
+    let caller = Caller { service: &service, client: 1, progress: &progress, is_gone: &|| true };
     run(&caller, "snapshot-export", export.as_object().unwrap().clone()).unwrap();
+    let serve = json!({"name": "a", "disk": "vda", "addr": {"type": "unix", "data": {"path": "/nbd"}}});
+    run(&caller, "snapshot-serve", serve.as_object().unwrap().clone()).unwrap();
 }
 
 #[test]

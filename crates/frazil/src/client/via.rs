@@ -4,6 +4,7 @@ use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use backup::{ServeRequest, Serving};
 use block::ErrorKind;
 use control::Service;
 use control::client::{Client, ClientError};
@@ -13,6 +14,7 @@ use snapshot::{CommitRequest, DeleteRequest, ImageFormat, JobInfo, JobVerb, Stre
 
 use super::jobs;
 use super::print::decode;
+use super::print::print;
 use super::progress::Progress;
 use crate::cli::{Daemon, Place};
 use crate::config::Word;
@@ -222,6 +224,31 @@ impl Via {
         }
     }
 
+    /// Serves a snapshot until this process is ended.
+    pub(super) fn serve(&mut self, request: ServeRequest) -> Result<(), Failure> {
+        let what = format!("serve disk {} of snapshot {}", request.disk, request.name);
+        match self {
+            Self::Control(connection) => {
+                let arguments = to_value(&what, &request)?;
+                let mut on_event = |event: &str, data: &Value| {
+                    if event == "FRAZIL_EXPORT_READY" {
+                        tell_ready(data["address"].as_str().unwrap_or_default());
+                    }
+                };
+                connection.ask_watching(&what, "snapshot-serve", arguments, &mut on_event).map(drop)
+            }
+            Self::State(service) => {
+                let tell = |serving: Serving| {
+                    if let Serving::Ready(address) = serving {
+                        tell_ready(&address);
+                    }
+                    ControlFlow::Continue(())
+                };
+                service.serve(&request, &tell).map_err(|error| of_state(&what, &error))
+            }
+        }
+    }
+
     pub(super) fn export(&mut self, export: &Export<'_>) -> Result<(), Failure> {
         let Export { name, disk, format, target } = *export;
         let what = format!("export disk {disk} of snapshot {name}");
@@ -248,6 +275,16 @@ impl Via {
                 .map_err(|error| of_state(&what, &error)),
         }
     }
+}
+
+/// Where clients connect, as a URI that they take.
+fn tell_ready(address: &str) {
+    let uri = match address.contains('/') {
+        true => format!("nbd+unix:///?socket={address}"),
+        false => format!("nbd://{address}/"),
+    };
+    // A reader that went away does not end what is being served.
+    let _ = print(&format!("{uri}\n"));
 }
 
 pub(super) fn to_value(what: &str, answer: &impl Serialize) -> Result<Value, Failure> {

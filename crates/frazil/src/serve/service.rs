@@ -8,7 +8,8 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use backup::{
-    Action, Backups, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServerOptions, TlsCredentials,
+    Action, Backups, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServeRequest, ServerOptions, Serving,
+    TlsCredentials,
 };
 use block::Result;
 use control::{DaemonStatus, Service};
@@ -222,6 +223,10 @@ impl Service for Daemon {
 
     fn exports(&self) -> Vec<ExportInfo> {
         self.backups.exports()
+    }
+
+    fn serve(&self, request: &ServeRequest, tell: &dyn Fn(Serving) -> ControlFlow<()>) -> Result<()> {
+        self.backups.serve(request, tell)
     }
 
     fn resume(&self) {

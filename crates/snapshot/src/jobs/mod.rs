@@ -45,7 +45,7 @@ pub use model::{
 };
 pub(crate) use record::JobRecord;
 pub(crate) use runner::Jobs;
-pub(crate) use world::{Readers, World};
+pub(crate) use world::{Readers, Reading, World};
 
 #[cfg(test)]
 mod tests;

@@ -30,7 +30,7 @@ use crate::store::Store;
 
 pub use change::MAX_LEASE;
 pub(crate) use change::Prepared;
-pub use read::DiskProbe;
+pub use read::{DiskProbe, SnapshotReader};
 
 /// The *thaw owed* record in the state directory.
 const THAW_OWED: &str = "thaw-owed.json";

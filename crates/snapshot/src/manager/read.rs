@@ -5,11 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use block::{Disk, Error, ErrorKind, Result};
+use block::{Disk, Error, ErrorKind, Layer, Result, Stack};
 use serde::{Deserialize, Serialize};
 
 use super::Manager;
 use crate::export::{self, Progress};
+use crate::jobs::Reading;
 use crate::layer::Opening;
 use crate::model::{ImageFormat, SnapshotDisk, SnapshotRecord};
 use crate::probe::{self, FsVerdict};
@@ -24,7 +25,42 @@ pub struct DiskProbe {
     pub volumes: Vec<FsVerdict>,
 }
 
+/// One disk of a snapshot, to read. As long as this lives the snapshot is not deleted.
+#[derive(Debug)]
+pub struct SnapshotReader {
+    disk: Arc<Stack>,
+    _reading: Reading,
+}
+
+impl SnapshotReader {
+    /// Its content.
+    pub fn disk(&self) -> Arc<dyn Disk> {
+        Arc::clone(&self.disk) as _
+    }
+
+    /// The layers that it is made of, the base first.
+    pub fn layers(&self) -> Vec<Arc<dyn Layer>> {
+        self.disk.layers()
+    }
+}
+
 impl Manager {
+    /// Opens one disk of a snapshot to read.
+    pub fn reader(&self, name: &str, disk: &str) -> Result<SnapshotReader> {
+        let reading = self.readers.enter(name)?;
+        Ok(SnapshotReader { disk: self.snapshot_disk(name, disk)?, _reading: reading })
+    }
+
+    /// Whether the daemon ends: what serves clients shall let go.
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+
+    /// The state directory.
+    pub fn folder(&self) -> &Path {
+        self.store.folder()
+    }
+
     /// All snapshots, the oldest first.
     pub fn list(&self) -> Vec<SnapshotRecord> {
         self.store.manifest().snapshots.clone()
@@ -57,14 +93,14 @@ impl Manager {
         progress: Progress<'_>,
     ) -> Result<()> {
         let _reading = self.readers.enter(name)?;
-        let mut go_on = |done, total| match self.ending.load(Ordering::Acquire) {
+        let mut go_on = |done, total| match self.is_ending() {
             true => ControlFlow::Break(()),
             false => progress(done, total),
         };
         export::export(&*self.snapshot_disk(name, disk)?, out, format, &mut go_on)
     }
 
-    fn snapshot_disk(&self, name: &str, id: &str) -> Result<Arc<dyn Disk>> {
+    fn snapshot_disk(&self, name: &str, id: &str) -> Result<Arc<Stack>> {
         // By its path: a job may be about to take layers out of the chain, and then this one's content is in another one.
         let held = {
             let manifest = self.store.manifest();
