@@ -20,6 +20,7 @@
 
 use std::sync::Arc;
 use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
 
 use block::{Disk, Error, ErrorKind, Result, Source, Storage};
 use hostio::{Completion, Ring};
@@ -34,6 +35,13 @@ mod flush;
 
 /// Bytes of the bounce buffer.
 const SCRATCH: usize = 256 * 1024;
+
+/// So many reads are resolved between two looks at the clock.
+const CLOCKED: usize = 4;
+
+/// After so long the reads that are resolved are moved, before others are looked for: many times what a batch takes if
+/// all is in memory, and less than what a table takes that is on a disk.
+const LOOKING: Duration = Duration::from_micros(100);
 
 /// Bytes of the answer to a request for the serial (virtio 1.3, section 5.2.6).
 pub(crate) const ID_LEN: usize = 20;
@@ -79,24 +87,40 @@ impl Engine {
         }
     }
 
-    /// Begins what was popped.
+    /// Begins what was popped, or the first of it if that takes long to resolve: the rest stays in `popped`.
     ///
-    /// All reads are resolved before the first byte is moved: moving bytes pushes what resolving looks at out of the
+    /// Reads are resolved before the first byte is moved: moving bytes pushes what resolving looks at out of the
     /// processor's caches. Not the writes, for a write that is resolved may make others wait for it.
-    pub(crate) fn begin_all(&mut self, popped: &mut Vec<u16>, slots: &mut [Slot]) {
-        for index in &*popped {
-            if let Some(slot) = slots.get_mut(usize::from(*index))
-                && let Some(Op::Read(range)) = slot.op
-                && let Err(error) = self.disk.resolve_read(range, &mut slot.extents)
-            {
-                slot.fail(error);
-            }
-        }
-        for index in popped.drain(..) {
+    pub(crate) fn begin_some(&mut self, popped: &mut Vec<u16>, slots: &mut [Slot]) {
+        let resolved = self.resolve_reads(popped, slots);
+        for index in popped.drain(..resolved) {
             if let Some(slot) = slots.get_mut(usize::from(index)) {
                 self.begin(index, slot);
             }
         }
+    }
+
+    /// Resolves the reads among the first of these requests; of how many. What was resolved must not wait for the tables of a
+    /// long chain that others need.
+    fn resolve_reads(&self, popped: &[u16], slots: &mut [Slot]) -> usize {
+        // Not for a few: the clock costs as much as a read that is resolved from memory.
+        let start = (popped.len() > CLOCKED).then(Instant::now);
+        let mut count = 0;
+        for few in popped.chunks(CLOCKED) {
+            for index in few {
+                if let Some(slot) = slots.get_mut(usize::from(*index))
+                    && let Some(Op::Read(range)) = slot.op
+                    && let Err(error) = self.disk.resolve_read(range, &mut slot.extents)
+                {
+                    slot.fail(error);
+                }
+            }
+            count += few.len();
+            if start.is_some_and(|start| start.elapsed() >= LOOKING) {
+                break;
+            }
+        }
+        count
     }
 
     /// Begins, or asks the disk again for, what `slot.op` says. A read has been resolved.

@@ -83,7 +83,7 @@ pub(crate) struct Worker {
     /// `Box`, for the kernel holds on to what is in a slot.
     slots: Box<[Slot]>,
     free: Vec<u16>,
-    /// Popped in this round, and not yet begun.
+    /// Popped, and not yet begun.
     popped: Vec<u16>,
     segments: Segments,
     /// Before a rest with nothing in flight.
@@ -150,8 +150,9 @@ impl Worker {
                 self.engine.retry(&mut self.slots);
             }
             busy |= self.lot.len() > 0 && self.unpark(vring);
-            let popped = self.pop(vring);
-            self.engine.begin_all(&mut self.popped, &mut self.slots);
+            // What takes long to look up is left for the next round: what has ended is answered before.
+            let popped = if self.popped.is_empty() { self.pop(vring) } else { Popped::Some };
+            self.engine.begin_some(&mut self.popped, &mut self.slots);
             if let Err(error) = self.engine.submit() {
                 self.complaints.ring("could not submit, trying again", &error);
                 self.state.bell.ring();
@@ -174,7 +175,7 @@ impl Worker {
         }
     }
 
-    /// Pops a batch of requests into slots.
+    /// Pops a batch of requests into slots; the one before has been begun.
     fn pop(&mut self, vring: &Vring) -> Popped {
         let mut vring = vring.get_mut();
         if !vring.is_enabled() || !vring.get_queue().ready() || self.state.is_closing() {

@@ -1,20 +1,34 @@
 use super::*;
 
-use block::RawDisk;
+use std::sync::Mutex;
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
 use block::testing::MemStorage;
+use block::{ByteRange, Extent, Flush, RawDisk, WriteGuard};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
+use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::GuestAddress;
 
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const SIZE: u16 = 16;
 
-fn worker() -> (Worker, Vring, Memory) {
-    let guest = Memory::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap();
+fn guest() -> Memory {
+    Memory::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap()
+}
+
+fn raw() -> RawDisk {
+    RawDisk::new(Arc::new(MemStorage::new(4096)), false).unwrap()
+}
+
+fn worker(guest: &Memory, disk: Arc<dyn Disk>) -> (Worker, Vring) {
     let memory = SharedMemory::new(guest.clone());
     let worker = Worker::new(Parts {
         name: "vda".to_owned(),
         queue: 0,
-        disk: Arc::new(RawDisk::new(Arc::new(MemStorage::new(4096)), false).unwrap()),
+        disk,
         serial: [0; ID_LEN],
         gate: Arc::default(),
         pulse: Arc::default(),
@@ -30,14 +44,15 @@ fn worker() -> (Worker, Vring, Memory) {
     vring.set_queue_event_idx(true);
     vring.set_enabled(true);
     vring.set_queue_ready(true);
-    (worker.unwrap(), vring, guest)
+    (worker.unwrap(), vring)
 }
 
 /// GET_VRING_BASE may be answered between a worker's last look at the ring and its wish for kicks. The guest uses the
 /// ring's memory for something else by then.
 #[test]
 fn a_ring_that_was_stopped_is_not_written_to() {
-    let (mut worker, vring, guest) = worker();
+    let guest = guest();
+    let (mut worker, vring) = worker(&guest, Arc::new(raw()));
     let avail_event = GuestAddress(USED + 4 + 8 * u64::from(SIZE));
     assert_eq!(worker.pop(&vring), Popped::Empty);
     vring.set_queue_ready(false);
@@ -48,4 +63,87 @@ fn a_ring_that_was_stopped_is_not_written_to() {
     vring.set_queue_ready(true);
     assert!(worker.rearm(&vring), "seven requests wait");
     assert_eq!(guest.read_obj::<u16>(avail_event).unwrap(), 0);
+}
+
+/// A disk that takes long to find anything, and notes how many requests had been answered each time it was asked.
+#[derive(Debug)]
+struct Slow {
+    disk: RawDisk,
+    guest: Memory,
+    answered: Mutex<Vec<u16>>,
+}
+
+impl Disk for Slow {
+    fn capacity(&self) -> u64 {
+        self.disk.capacity()
+    }
+
+    fn read_only(&self) -> bool {
+        self.disk.read_only()
+    }
+
+    fn discard_granularity(&self) -> u32 {
+        self.disk.discard_granularity()
+    }
+
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<()> {
+        self.answered.lock().unwrap().push(self.guest.read_obj(GuestAddress(USED + 2)).unwrap());
+        std::thread::sleep(Duration::from_millis(1));
+        self.disk.resolve_read(range, out)
+    }
+
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        waker: &Waker,
+        out: &mut Vec<Extent>,
+    ) -> Poll<Result<WriteGuard>> {
+        self.disk.resolve_write(range, waker, out)
+    }
+
+    fn discard(&self, range: ByteRange, waker: &Waker) -> Poll<Result<()>> {
+        self.disk.discard(range, waker)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, unmap: bool, waker: &Waker) -> Poll<Result<()>> {
+        self.disk.write_zeroes(range, unmap, waker)
+    }
+
+    fn flush(&self) -> Box<dyn Flush> {
+        self.disk.flush()
+    }
+}
+
+/// Offers `count` reads of the first sector, each with a header of its own.
+fn offer_reads(guest: &Memory, count: u16) {
+    let (header, data, status) = (0x3000, 0x3100, 0x3400);
+    guest.write_obj(u64::from(VIRTIO_BLK_T_IN), GuestAddress(header)).unwrap();
+    guest.write_obj(0_u64, GuestAddress(header + 8)).unwrap();
+    let (next, write) = (VRING_DESC_F_NEXT as u16, VRING_DESC_F_WRITE as u16);
+    let describe = |index: u16, addr, len, flags, next| {
+        let descriptor = Descriptor::new(addr, len, flags, next);
+        guest.write_obj(descriptor, GuestAddress(u64::from(index) * 16)).unwrap();
+    };
+    describe(14, data, 512, next | write, 15);
+    describe(15, status, 1, write, 0);
+    for head in 0..count {
+        describe(head, header, 16, next, 14);
+        guest.write_obj(head, GuestAddress(AVAIL + 4 + 2 * u64::from(head))).unwrap();
+    }
+    guest.write_obj(count, GuestAddress(AVAIL + 2)).unwrap();
+}
+
+/// On a long chain of which nothing was known yet the first requests took a second: none was answered before the tables of
+/// all of them had been read.
+#[test]
+fn what_takes_long_to_find_does_not_hold_up_what_is_found() {
+    let guest = guest();
+    let slow = Slow { disk: raw(), guest: guest.clone(), answered: Mutex::default() };
+    let slow = Arc::new(slow);
+    let (mut worker, vring) = worker(&guest, Arc::clone(&slow) as _);
+    offer_reads(&guest, 10);
+    worker.turn(&vring);
+    assert_eq!(*slow.answered.lock().unwrap(), [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]);
+    assert_eq!(guest.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 10);
+    assert_eq!(worker.state.in_flight(), 0);
 }
