@@ -7,7 +7,7 @@ use super::plan;
 use super::record::Task;
 use super::world::World;
 use crate::manifest::Manifest;
-use crate::model::Event;
+use crate::model::{Event, SnapshotDisk, SnapshotRecord};
 
 /// After a failure a disk is left alone so long.
 const GRUDGE: Duration = Duration::from_secs(60);
@@ -53,7 +53,7 @@ impl Tidiness {
         for (id, disk) in writable.filter(|(id, _)| idle(id)) {
             let chore = match plan::tidy(&manifest, id) {
                 Some(task) => Some(Chore { disk: id.clone(), task, event: None }),
-                None => disk.max_overlays.and_then(|most| expiry(&manifest, id, most)),
+                None => disk.max_overlays.and_then(|most| expiry(world, &manifest, id, most)),
             };
             // A snapshot of several disks expires once.
             let is_new = |chore: &Chore| match &chore.task {
@@ -66,16 +66,23 @@ impl Tidiness {
     }
 }
 
-/// The oldest snapshot of a disk that has more overlays than it may.
-fn expiry(manifest: &Manifest, disk: &str, most: u32) -> Option<Chore> {
-    let overlays = manifest.disk(disk).ok()?.layers.len() as u64 - 1;
+/// The oldest snapshot of a disk that has more overlays than it may. Not one that is being read: its layer would stay, and the
+/// job wait for the reader, with the disk's other jobs behind it.
+fn expiry(world: &World, manifest: &Manifest, id: &str, most: u32) -> Option<Chore> {
+    let disk = manifest.disk(id).ok()?;
+    let overlays = disk.layers.len() as u64 - 1;
     if overlays <= u64::from(most) {
         return None;
     }
-    let held =
-        manifest.snapshots.iter().find(|snapshot| snapshot.disks.iter().any(|part| part.id == disk))?;
-    let reason = format!("disk {disk} has {overlays} overlays, and max-overlays is {most}");
-    let event = Event::Expired { name: held.name.clone(), disk: disk.to_owned(), reason };
-    let task = Task::Delete { snapshot: held.name.clone() };
-    Some(Chore { disk: disk.to_owned(), task, event: Some(event) })
+    let is_free = |part: &SnapshotDisk| {
+        let holder = disk.layers.iter().find(|layer| layer.path == part.path);
+        part.id == id && holder.is_none_or(|layer| !manifest.is_pinned(id, layer.number))
+    };
+    let may_go = |snapshot: &&SnapshotRecord| {
+        snapshot.disks.iter().any(is_free) && !world.readers.is_read(&snapshot.name)
+    };
+    let name = &manifest.snapshots.iter().find(may_go)?.name;
+    let reason = format!("disk {id} has {overlays} overlays, and max-overlays is {most}");
+    let event = Event::Expired { name: name.clone(), disk: id.to_owned(), reason };
+    Some(Chore { disk: id.to_owned(), task: Task::Delete { snapshot: name.clone() }, event: Some(event) })
 }

@@ -106,6 +106,11 @@ impl Readers {
         Ok(Reading { readers: self.clone(), snapshot: snapshot.to_owned() })
     }
 
+    /// Whether somebody reads this snapshot just now.
+    pub(crate) fn is_read(&self, snapshot: &str) -> bool {
+        self.counts().contains_key(snapshot)
+    }
+
     /// Waits until nobody reads a snapshot, and says whether that came to be in time.
     pub(crate) fn wait_for_none(&self, deadline: Instant) -> bool {
         while !self.counts().is_empty() {
@@ -149,6 +154,7 @@ mod tests {
         let readers = Readers::default();
         let (first, second) = (readers.enter("a").unwrap(), readers.enter("a").unwrap());
         drop(first);
+        assert!(readers.is_read("a") && !readers.is_read("b"));
         assert_eq!(readers.close("a").unwrap_err().kind(), ErrorKind::Busy);
         readers.close("b").unwrap();
         drop(second);
