@@ -83,7 +83,7 @@ struct Prepared {
 impl Prepared {
     /// Freezes, or goes on without if the policy allows.
     fn freeze(mut self, freezer: &Arc<Freezer>) -> Result<Quieted> {
-        let attempt = freezer.freeze(&self.run.plan.name);
+        let attempt = freezer.freeze(self.run.plan.called());
         for (step, took) in [(Step::PreSync, attempt.pre_sync), (Step::Freeze, attempt.freeze)] {
             if let Some(took) = took {
                 self.run.took(step, took);
@@ -211,7 +211,7 @@ pub struct Held {
 impl Held {
     /// The snapshot's name.
     pub fn name(&self) -> &str {
-        self.quiesced.as_ref().map_or("", |quiesced| &quiesced.quieted.prepared.run.plan.name)
+        self.quiesced.as_ref().map_or("", |quiesced| quiesced.quieted.prepared.run.plan.called())
     }
 
     /// PIVOT to SEAL. Fails only before the pivot, when a required freeze was held for too long; all is undone then.
@@ -302,7 +302,7 @@ impl Opened {
         }
         let (grade, reason) = run.grade(&outcome, thaw.as_ref(), frozen_for);
         let record = SnapshotRecord {
-            name: run.plan.name.clone(),
+            name: run.plan.called().to_owned(),
             time,
             grade,
             reason,

@@ -15,14 +15,21 @@ use super::ports::{Clock, Events, Gates};
 /// What is to be cut, the request's defaults filled in.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct CutPlan {
-    /// The snapshot's name; the caller has checked it.
-    pub name: String,
+    /// The snapshot's name; the caller has checked it. None if it makes no snapshot.
+    pub name: Option<String>,
     /// What to do about the agent.
     pub policy: FreezePolicy,
     /// Who freezes. Any but [`FreezeOwner::Frazil`] means that the agent is left alone.
     pub owner: FreezeOwner,
     /// The deadlines.
     pub limits: Limits,
+}
+
+impl CutPlan {
+    /// What the snapshot is called in records and events.
+    pub(super) fn called(&self) -> &str {
+        self.name.as_deref().unwrap_or("without a name")
+    }
 }
 
 /// The world of one cut, but for its layers.
@@ -109,8 +116,8 @@ impl Run {
     pub(super) fn tell(&mut self) {
         let limits = self.plan.limits;
         for (step, took) in std::mem::take(&mut self.untold) {
-            tracing::debug!(snapshot = self.plan.name, ?step, ?took, "step");
-            self.emit(Event::Step { name: self.plan.name.clone(), step, milliseconds: millis(took) });
+            tracing::debug!(snapshot = self.plan.called(), ?step, ?took, "step");
+            self.emit(Event::Step { name: self.plan.called().to_owned(), step, milliseconds: millis(took) });
             if limits.slow(step).is_some_and(|slow| took > slow) {
                 self.stalled(step, took);
             }
@@ -119,8 +126,8 @@ impl Run {
     }
 
     pub(super) fn stalled(&self, step: Step, took: Duration) {
-        tracing::warn!(snapshot = self.plan.name, ?step, ?took, "a cut stalls the guest");
-        self.emit(Event::Stall { name: self.plan.name.clone(), step, milliseconds: millis(took) });
+        tracing::warn!(snapshot = self.plan.called(), ?step, ?took, "a cut stalls the guest");
+        self.emit(Event::Stall { name: self.plan.called().to_owned(), step, milliseconds: millis(took) });
     }
 
     pub(super) fn emit(&self, event: Event) {
@@ -162,13 +169,16 @@ impl Run {
     pub(super) fn fail(mut self, failure: Failure) -> Error {
         self.tell();
         let Failure { step, error, left } = failure;
-        let name = &self.plan.name;
-        let error = if left.is_empty() {
-            error.context(format!("snapshot {name} was not taken"))
-        } else {
-            error.context(format!("snapshot {name} was not taken ({})", left.join("; ")))
+        let story = match &self.plan.name {
+            Some(name) => format!("snapshot {name} was not taken"),
+            None => "the disks could not be cut".to_owned(),
         };
-        self.emit(Event::Failed { name: name.clone(), step, reason: error.to_string() });
+        let error = if left.is_empty() {
+            error.context(story)
+        } else {
+            error.context(format!("{story} ({})", left.join("; ")))
+        };
+        self.emit(Event::Failed { name: self.plan.called().to_owned(), step, reason: error.to_string() });
         error
     }
 }

@@ -34,6 +34,13 @@ pub(crate) enum Task {
     Delete { snapshot: String },
 }
 
+impl JobRecord {
+    /// Whether it has begun to do away with a snapshot.
+    pub(crate) fn takes_away(&self, name: &str) -> bool {
+        !self.moves.is_empty() && matches!(&self.task, Task::Delete { snapshot } if snapshot == name)
+    }
+}
+
 impl Task {
     pub(crate) fn kind(&self) -> JobType {
         match self {

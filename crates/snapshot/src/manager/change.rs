@@ -16,9 +16,6 @@ use crate::request;
 /// The longest lease of a prepared snapshot: the guest's disks stand still as long.
 pub const MAX_LEASE: Duration = Duration::from_secs(30);
 
-/// What a cut is called in messages that makes no snapshot.
-const UNNAMED: &str = "without a name";
-
 /// The listener of a cut that makes no snapshot: that the guest was stalled is worth telling, of a snapshot there is nothing
 /// to tell.
 struct StallsOnly(Arc<Bus>);
@@ -96,7 +93,7 @@ impl Manager {
         let disks = request::choose(&self.disks, request.disks.as_deref())?;
         self.finish_seals(disks.iter())?;
         let plan = CutPlan {
-            name: request.snapshot.clone().unwrap_or_else(|| UNNAMED.to_owned()),
+            name: request.snapshot.clone(),
             policy: request.freeze.unwrap_or(self.defaults.policy),
             owner: self.defaults.owner,
             limits: Limits::default(),

@@ -118,7 +118,7 @@ impl<'a> Look<'a> {
                 Ok(Instant { boundary: part.boundary, capacity: part.capacity })
             }
             Point::Snapshot(name) => {
-                self.manifest.intact(name)?;
+                self.manifest.asked(name)?;
                 let index = self.manifest.layer_of(name, self.id)?;
                 let held = self.manifest.disk(self.id)?.layers.get(index);
                 let held = held.ok_or_else(|| not_part(format!("snapshot '{name}'")))?;

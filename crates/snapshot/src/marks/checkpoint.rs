@@ -51,7 +51,7 @@ impl Manager {
     fn adopt(&self, name: &str, disks: Option<&[String]>, snapshot: &str) -> Result<()> {
         let mut draft = Draft::new(&self.store);
         check_new(&draft.manifest, name)?;
-        let held = draft.manifest.intact(snapshot)?.clone();
+        let held = draft.manifest.asked(snapshot)?.clone();
         if !held.sealed {
             let story = format!("snapshot '{snapshot}' is not on stable storage yet: try again");
             return Err(Error::new(ErrorKind::Busy, story));

@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 
 use super::history::{Boundary, History, NOW};
 use crate::manifest::{LayerEntry, Manifest};
-use crate::model::Grade;
+use crate::model::{Grade, SnapshotRecord};
 
 /// A checkpoint: an instant of one or more disks that what changed since can be asked for. It keeps no content.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -109,6 +109,16 @@ impl Manifest {
             .iter()
             .find(|checkpoint| checkpoint.name == name)
             .ok_or_else(|| Error::new(ErrorKind::NotFound, format!("there is no checkpoint '{name}'")))
+    }
+
+    /// The snapshot of that name, as an instant. Not one that a job has begun to do away with: nothing was folded for it, so
+    /// once its layer is merged, into the one above as well, what was written before it is not told from what was after.
+    pub(super) fn asked(&self, name: &str) -> Result<&SnapshotRecord> {
+        let snapshot = self.intact(name)?;
+        match self.jobs.iter().any(|job| job.takes_away(name)) {
+            false => Ok(snapshot),
+            true => Err(Error::new(ErrorKind::Busy, format!("snapshot '{name}' is being deleted"))),
+        }
     }
 
     /// A disk's bitmap of that name.

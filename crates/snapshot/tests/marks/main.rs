@@ -6,6 +6,7 @@
 #[path = "../bench/mod.rs"]
 mod bench;
 mod life;
+mod trouble;
 
 use std::collections::BTreeSet;
 

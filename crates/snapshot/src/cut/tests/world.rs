@@ -137,7 +137,7 @@ impl World {
     }
 
     pub(super) fn plan(policy: FreezePolicy, owner: FreezeOwner) -> CutPlan {
-        CutPlan { name: "s1".to_owned(), policy, owner, limits: Limits::default() }
+        CutPlan { name: Some("s1".to_owned()), policy, owner, limits: Limits::default() }
     }
 
     /// Enters a call; gives its fault, or `Kill` for all calls of a dead daemon.
