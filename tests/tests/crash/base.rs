@@ -1,4 +1,4 @@
-//! Base images of QEMU's making: of all kinds, with all that an image may hold beside its data.
+//! Images of QEMU's making: of all kinds, with all that an image may hold beside its data.
 
 use std::path::Path;
 use std::process::Command;
@@ -30,6 +30,22 @@ pub(crate) fn make(folder: &Path, random: &mut Random, contents: &[u8]) -> Vec<u
     if !kind.contains("0.10") && random.one_in(2) {
         qemu_img(&["bitmap", "--add", "-g", "4096", image, "kept"]);
     }
+    std::fs::read(path).unwrap()
+}
+
+/// The bytes of an empty overlay with a dirty bitmap that follows writes, on an image of that name and format.
+pub(crate) fn make_overlay(
+    folder: &Path,
+    random: &mut Random,
+    beneath: (&str, &str),
+    capacity: u64,
+) -> Vec<u8> {
+    let path = folder.join("overlay.qcow2");
+    let (image, size) = (path.to_str().unwrap(), capacity.to_string());
+    let kind = random.pick(&["cluster_size=512", "cluster_size=4k", "cluster_size=16k,extended_l2=on"]);
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", kind, image, &size]);
+    qemu_img(&["bitmap", "--add", "-g", "4096", image, "kept"]);
+    qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", beneath.0, "-F", beneath.1, image]);
     std::fs::read(path).unwrap()
 }
 

@@ -1,6 +1,6 @@
 //! A life: a guest that writes, and an operator who takes snapshots, commits, streams and resizes meanwhile.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::testing::{FaultStorage, MemStorage, Random};
@@ -73,6 +73,8 @@ impl File {
 /// The world while it lives.
 pub(crate) struct World {
     random: Random,
+    /// Where QEMU's tools make images.
+    folder: PathBuf,
     pub(crate) timeline: Arc<Timeline>,
     /// The chain, the base first.
     files: Vec<File>,
@@ -109,13 +111,14 @@ impl World {
             }
         };
         base.storage.sync().unwrap();
-        let world = Self::over(random, timeline, base, active, Arc::new(contents));
+        let world = Self::over(random, folder, timeline, base, active, Arc::new(contents));
         world.save();
         world
     }
 
     fn over(
-        random: Random,
+        mut random: Random,
+        folder: &Path,
         timeline: Arc<Timeline>,
         base: File,
         active: Option<Arc<Image>>,
@@ -131,11 +134,12 @@ impl World {
         let active = active.unwrap_or_else(|| {
             files.push(File::new(1, false, &timeline));
             next = 2;
-            create_overlay(&files[1], &files[0], CAPACITY);
+            create_overlay(folder, &mut random, &files[1], &files[0], CAPACITY);
             files[1].open_over(Some(Arc::clone(&stack)))
         });
         Self {
             random,
+            folder: folder.to_owned(),
             timeline,
             files,
             beneath,
@@ -225,7 +229,7 @@ impl World {
         let file = File::new(self.next, false, &self.timeline);
         self.next += 1;
         let top = self.files.last().unwrap();
-        create_overlay(&file, top, self.contents.len() as u64);
+        create_overlay(&self.folder, &mut self.random, &file, top, self.contents.len() as u64);
         let number = top.named.number;
         self.files.push(file.clone());
         self.save();
@@ -239,6 +243,7 @@ impl World {
         (0..self.random.below(4)).for_each(|_| self.change());
         self.begin("seal");
         old.flush().run().unwrap();
+        old.close().unwrap();
         self.snapshots.push((number, shown));
         self.save();
         // What was acknowledged before the cut is on stable storage with the seal.
@@ -285,6 +290,7 @@ impl World {
                 merge(&*from, &*image);
                 image.seal();
                 image.flush().run().unwrap();
+                image.close().unwrap();
             }
         }
         self.reopen(target);
@@ -303,6 +309,7 @@ impl World {
         }
         image.seal();
         image.flush().run().unwrap();
+        image.close().unwrap();
         drop(image);
         self.reopen(into);
         let number = self.files[gone].named.number;
@@ -390,7 +397,15 @@ fn held(layer: &dyn Layer) -> Vec<ByteRange> {
     held
 }
 
-fn create_overlay(file: &File, beneath: &File, capacity: u64) {
-    let backing = Some((beneath.name(), beneath.format().to_owned()));
-    qcow2::create(&*file.storage, &CreateOptions::overlay(capacity, backing)).unwrap();
+/// As the daemon makes it; or as a user may give it, with a dirty bitmap of QEMU's.
+fn create_overlay(folder: &Path, random: &mut Random, file: &File, beneath: &File, capacity: u64) {
+    let (name, format) = (beneath.name(), beneath.format());
+    if random.one_in(3) {
+        let bytes = base::make_overlay(folder, random, (&name, format), capacity);
+        file.storage.write_at(&bytes, 0).unwrap();
+        file.storage.sync().unwrap();
+    } else {
+        let options = CreateOptions::overlay(capacity, Some((name, format.to_owned())));
+        qcow2::create(&*file.storage, &options).unwrap();
+    }
 }
