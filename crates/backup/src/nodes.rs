@@ -18,7 +18,7 @@ use snapshot::BitmapInfo;
 pub(crate) use filter::{Access, Filter, NodeBitmaps, View, bitmap_of, not_found, tidy};
 pub use options::NodeOptions;
 use options::{Driver, Reference};
-pub(crate) use writing::{MAX_PENDING, Nowhere, Writing};
+pub(crate) use writing::{MAX_PENDING, Writing};
 
 /// Nodes there may be: clients forget to delete them.
 const MAX_NODES: usize = 1024;

@@ -16,7 +16,7 @@ use snapshot::Point;
 
 use crate::actions::Backups;
 use crate::exports::{GRACE, SocketAddress, address_of};
-use crate::nodes::{MAX_PENDING, Nowhere};
+use crate::nodes::MAX_PENDING;
 
 /// How often it is looked whether somebody still wants it.
 const LOOK: Duration = Duration::from_millis(100);
@@ -105,7 +105,7 @@ impl Scratch {
             // What a kill would leave has no name, so the host removes it.
             hostio::remove_file(&path)?;
             qcow2::create(&file, &CreateOptions::overlay(capacity, None))?;
-            let journal = Journal::create(Arc::new(Nowhere), Arc::new(Nowhere), "none")?;
+            let journal = Journal::nowhere()?;
             let parts = Parts::new(Arc::new(file), Some(beneath));
             Image::open(parts, Mode::Writable(journal))
         };

@@ -18,6 +18,8 @@
 //! given twice: so what is left behind by an earlier use of the file, or by an append that failed, does not fit on what
 //! was written since.
 
+mod nowhere;
+
 use std::sync::Arc;
 
 use block::{Context, Error, ErrorKind, Result, Storage};

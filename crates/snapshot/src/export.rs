@@ -104,7 +104,7 @@ fn write(disk: &dyn Disk, file: HostFile, format: ImageFormat, progress: Progres
         }
         ImageFormat::Qcow2 => {
             qcow2::create(&*file, &CreateOptions::overlay(disk.capacity(), None))?;
-            let journal = Journal::create(Arc::new(Nowhere), Arc::new(Nowhere), "none")?;
+            let journal = Journal::nowhere()?;
             let image = Image::open(Parts::new(file, None), Mode::Writable(journal))?;
             let mut put = |bytes: &[u8], offset| {
                 write_disk(&image, offset, bytes)?;
@@ -113,36 +113,6 @@ fn write(disk: &dyn Disk, file: HostFile, format: ImageFormat, progress: Progres
             copy(disk, &mut put, progress)?;
             image.flush().run()
         }
-    }
-}
-
-/// Where the journal of an export goes: what a killed export leaves is removed, never recovered.
-#[derive(Debug)]
-struct Nowhere;
-
-impl Storage for Nowhere {
-    fn read_at(&self, _buf: &mut [u8], _offset: u64) -> Result<()> {
-        Err(Error::new(ErrorKind::Io, "nothing is kept here"))
-    }
-
-    fn write_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
-        Ok(())
-    }
-
-    fn sync(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn len(&self) -> Result<u64> {
-        Ok(0)
-    }
-
-    fn set_len(&self, _len: u64) -> Result<()> {
-        Ok(())
-    }
-
-    fn punch_hole(&self, _range: ByteRange) -> Result<()> {
-        Ok(())
     }
 }
 

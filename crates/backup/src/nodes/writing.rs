@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 
-use block::{
-    ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Result, Source, Storage, WriteGuard,
-};
+use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Result, Source, WriteGuard};
 use hostio::HostFile;
 use qcow2::{Header, Image, Journal, Mode, Parts};
 
@@ -80,7 +78,7 @@ pub(super) fn open_qcow2(file: Arc<HostFile>, writable: bool) -> Result<Image> {
     let beneath = Arc::new(Beneath { capacity: header.capacity, is_none: header.backing_file.is_none() });
     let mode = match writable {
         // What a backup that was killed leaves is made again, never recovered.
-        true => Mode::Writable(Journal::create(Arc::new(Nowhere), Arc::new(Nowhere), "none")?),
+        true => Mode::Writable(Journal::nowhere()?),
         false => Mode::ReadOnly,
     };
     Image::open(Parts::new(file, Some(beneath)), mode)
@@ -145,35 +143,5 @@ struct Nothing;
 impl Flush for Nothing {
     fn step(&mut self, _last: Result<()>, _waker: &Waker) -> Poll<Result<FlushStep>> {
         Poll::Ready(Ok(FlushStep::Done))
-    }
-}
-
-/// Where the journal of a target goes.
-#[derive(Debug)]
-pub(crate) struct Nowhere;
-
-impl Storage for Nowhere {
-    fn read_at(&self, _buf: &mut [u8], _offset: u64) -> Result<()> {
-        Err(Error::new(ErrorKind::Io, "nothing is kept here"))
-    }
-
-    fn write_at(&self, _buf: &[u8], _offset: u64) -> Result<()> {
-        Ok(())
-    }
-
-    fn sync(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn len(&self) -> Result<u64> {
-        Ok(0)
-    }
-
-    fn set_len(&self, _len: u64) -> Result<()> {
-        Ok(())
-    }
-
-    fn punch_hole(&self, _range: ByteRange) -> Result<()> {
-        Ok(())
     }
 }
