@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn data_io_may_wait() {
+    fn data_io_may_wait_and_notes_no_time_of_access() {
         let folder = tempfile::tempdir().unwrap();
         for cache in [Cache::Writeback, Cache::None] {
             let file = match HostFile::create(&folder.path().join(format!("{cache:?}")), cache) {
@@ -395,6 +395,7 @@ mod tests {
             };
             let flags = fcntl_getfl(file.fd().unwrap()).unwrap();
             assert!(!flags.contains(OFlags::NONBLOCK), "io_uring would fail with EAGAIN: {flags:?}");
+            assert!(flags.contains(OFlags::NOATIME), "each read would look at the inode: {flags:?}");
             assert_eq!(flags.contains(OFlags::DIRECT), cache == Cache::None);
         }
     }
