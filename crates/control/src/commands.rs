@@ -1,6 +1,7 @@
 //! The commands: what each does. What it takes and returns is in the schema, and has been checked before it runs.
 
 mod blockdev;
+mod disabled;
 mod disks;
 mod exports;
 mod jobs;
@@ -79,6 +80,9 @@ pub(crate) fn dispatch(caller: &Caller<'_>, negotiated: &mut bool, request: Requ
 }
 
 pub(crate) fn run(caller: &Caller<'_>, name: &str, arguments: Arguments) -> Outcome {
+    if let Some(refusal) = disabled::refusal(name, &arguments) {
+        return Err(refusal);
+    }
     let known = all().find(|(command, _)| *command == name).zip(SCHEMA.commands.get(name));
     let Some(((_, run), signature)) = known else {
         return Err(CommandError::command_not_found(format!("The command {name} has not been found")));

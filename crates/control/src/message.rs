@@ -75,7 +75,12 @@ pub(crate) fn event(name: &str, data: Value, time: SystemTime) -> Value {
         Ok(since) => json!({ "seconds": since.as_secs(), "microseconds": Duration::subsec_micros(&since) }),
         Err(_) => json!({ "seconds": -1, "microseconds": -1 }),
     };
-    json!({ "event": name, "data": data, "timestamp": timestamp })
+    let mut message = json!({ "event": name, "timestamp": timestamp });
+    // As in QEMU, an event that has nothing to say has no data.
+    if data.as_object().is_none_or(|data| !data.is_empty()) {
+        message["data"] = data;
+    }
+    message
 }
 
 /// One line, in ASCII and ended by CRLF, as the specification has it.
@@ -143,6 +148,8 @@ mod tests {
         let time = UNIX_EPOCH + Duration::new(1_258_551_470, 802_384_999);
         let expected = json!({"seconds": 1_258_551_470, "microseconds": 802_384});
         assert_eq!(event("X", json!({}), time)["timestamp"], expected);
+        assert_eq!(event("X", json!({"a": 1}), time)["data"], json!({"a": 1}));
+        assert!(event("X", json!({}), time).get("data").is_none());
         let before = UNIX_EPOCH - Duration::from_secs(1);
         assert_eq!(event("X", json!({}), before)["timestamp"], json!({"seconds": -1, "microseconds": -1}));
     }

@@ -140,7 +140,13 @@ pub trait Service: Send + Sync {
     /// Serves one disk of a snapshot over NBD until `tell` has enough.
     fn serve(&self, request: &ServeRequest, tell: &dyn Fn(Serving) -> ControlFlow<()>) -> Result<()>;
 
-    /// Has all requests tried again that wait for the host.
+    /// Has the disks stand still: takes no more requests, and waits for those in flight.
+    fn stop(&self) -> Result<()>;
+
+    /// Whether they do.
+    fn is_stopped(&self) -> bool;
+
+    /// Has them go on, and all requests tried again that wait for the host.
     fn resume(&self);
 
     /// The disks, sorted by id.

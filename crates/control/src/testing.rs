@@ -42,6 +42,7 @@ struct State {
     waiting: usize,
     go_on: bool,
     quit: bool,
+    stopped: bool,
     resumed: bool,
     capacity: Option<u64>,
 }
@@ -409,8 +410,18 @@ impl Service for Fake {
         Ok(())
     }
 
+    fn stop(&self) -> Result<()> {
+        self.lock().stopped = true;
+        Ok(())
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.lock().stopped
+    }
+
     fn resume(&self) {
-        self.lock().resumed = true;
+        let mut state = self.lock();
+        (state.stopped, state.resumed) = (false, true);
     }
 
     fn disks(&self) -> Vec<DiskStatus> {

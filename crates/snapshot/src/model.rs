@@ -307,6 +307,10 @@ pub enum Event {
         /// The export's id.
         id: String,
     },
+    /// `STOP`, QEMU's: the disks stand still.
+    Stopped {},
+    /// `RESUME`, QEMU's: they go on.
+    Resumed {},
     /// `FRAZIL_SNAPSHOT_EXPIRED`: a snapshot is being deleted, for a disk has too many overlays.
     Expired {
         /// The snapshot's name.
@@ -337,6 +341,8 @@ impl Event {
             Self::JobError { .. } => "BLOCK_JOB_ERROR",
             Self::JobPending { .. } => "BLOCK_JOB_PENDING",
             Self::ExportDeleted { .. } => "BLOCK_EXPORT_DELETED",
+            Self::Stopped {} => "STOP",
+            Self::Resumed {} => "RESUME",
             Self::Expired { .. } => "FRAZIL_SNAPSHOT_EXPIRED",
         }
     }

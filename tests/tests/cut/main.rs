@@ -24,3 +24,4 @@ mod prefix;
 mod recipe;
 mod served;
 mod shared;
+mod stopped;

@@ -14,6 +14,7 @@ pub(super) const COMMANDS: &[Command] = &[
     ("query-block", query_block),
     ("query-named-block-nodes", query_nodes),
     ("block_resize", resize),
+    ("stop", stop),
     ("cont", resume),
 ];
 
@@ -27,7 +28,12 @@ struct Resize {
 
 fn run_state(caller: &Caller<'_>, _: Arguments) -> Outcome {
     let running = caller.service.disks().iter().any(|disk| disk.connected);
-    Ok(json!({ "running": running, "status": if running { "running" } else { "prelaunch" } }))
+    let status = match (caller.service.is_stopped(), running) {
+        (true, _) => "paused",
+        (false, true) => "running",
+        (false, false) => "prelaunch",
+    };
+    Ok(json!({ "running": status == "running", "status": status }))
 }
 
 fn query_frazil(caller: &Caller<'_>, _: Arguments) -> Outcome {
@@ -65,6 +71,11 @@ fn resize(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
         _ => return Err(CommandError::generic("Exactly one of 'device' and 'node-name' must be given")),
     };
     caller.service.resize(&device, size)?;
+    nothing()
+}
+
+fn stop(caller: &Caller<'_>, _: Arguments) -> Outcome {
+    caller.service.stop()?;
     nothing()
 }
 

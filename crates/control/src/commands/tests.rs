@@ -180,6 +180,32 @@ fn the_disks_are_shown_as_qemu_shows_them() {
 }
 
 #[test]
+fn the_disks_are_paused_from_stop_to_cont() {
+    let (service, _events) = Fake::new();
+    let status = |before: &str| {
+        run_all(&service, true, &[json!({"execute": before}), json!({"execute": "query-status"})]).unwrap()
+    };
+    assert_eq!(status("stop"), json!({"running": false, "status": "paused"}));
+    assert_eq!(status("cont"), json!({"running": true, "status": "running"}));
+}
+
+#[test]
+fn what_frazil_has_not_is_refused_with_what_to_do_instead_and_is_not_listed() {
+    let (class, desc) =
+        failure(run_one("blockdev-snapshot-sync", json!({"device": "vda", "snapshot-file": "/x"})));
+    assert_eq!(class, ErrorClass::CommandNotFound);
+    assert!(desc.starts_with("Command blockdev-snapshot-sync has been disabled: "), "{desc}");
+    assert!(desc.contains("snapshot-create"), "{desc}");
+    let action = json!({"type": "blockdev-snapshot-sync", "data": {"device": "vda", "snapshot-file": "/x"}});
+    let (class, desc) = failure(run_one("transaction", json!({"actions": [action]})));
+    assert_eq!(class, ErrorClass::GenericError);
+    assert!(desc.contains("snapshot-create"), "{desc}");
+    let listed = run_one("query-commands", json!({})).unwrap();
+    assert!(!listed.as_array().unwrap().contains(&json!({"name": "blockdev-snapshot-sync"})));
+    assert!(failure(run_one("system_powerdown", json!({}))).1.contains("no machine"));
+}
+
+#[test]
 fn a_disk_is_resized_by_its_name_or_by_that_of_its_active_layer() {
     let size = 2_u64 << 30;
     for arguments in [

@@ -139,6 +139,8 @@ fn what_commands_return_is_what_is_documented() {
         ("query-qmp-schema", json!({})),
         ("query-status", json!({})),
         ("block_resize", json!({"device": "vda", "size": 1 << 30})),
+        ("stop", json!({})),
+        ("query-status", json!({})),
         ("cont", json!({})),
         ("query-block", json!({})),
         ("query-named-block-nodes", json!({})),
@@ -252,6 +254,8 @@ fn the_events_and_their_data_are_the_documented_ones() {
         },
         Event::ExportDeleted { id: name() },
         Event::JobPending { r#type: JobType::Backup, id: name(), client: None },
+        Event::Stopped {},
+        Event::Resumed {},
     ];
     let steps = [
         Step::Prepare,
@@ -287,6 +291,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
             Event::SpaceLow { .. } | Event::IoError { .. } | Event::Job { .. } | Event::Expired { .. } => {}
             Event::JobCompleted { .. } | Event::JobCancelled { .. } | Event::JobError { .. } => {}
             Event::JobPending { .. } | Event::ExportDeleted { .. } => {}
+            Event::Stopped {} | Event::Resumed {} => {}
         }
         seen.insert(event.name().to_owned(), ());
         conforms(&SCHEMA.events[event.name()], &json!(event), event.name());

@@ -229,8 +229,16 @@ impl Service for Daemon {
         self.backups.serve(request, tell)
     }
 
+    fn stop(&self) -> Result<()> {
+        self.manager.stop()
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.manager.is_stopped()
+    }
+
     fn resume(&self) {
-        self.manager.resume();
+        self.manager.go_on();
     }
 
     fn disks(&self) -> Vec<DiskStatus> {

@@ -94,7 +94,7 @@ impl Manager {
         self.finish_seals(disks.iter())?;
         let plan = CutPlan {
             name: request.snapshot.clone(),
-            policy: request.freeze.unwrap_or(self.defaults.policy),
+            policy: self.possible_freeze(request.freeze.unwrap_or(self.defaults.policy))?,
             owner: self.defaults.owner,
             limits: Limits::default(),
         };

@@ -1,6 +1,7 @@
 //! The manager: all that a client can ask of the snapshots of one daemon.
 
 mod change;
+mod halt;
 mod maintain;
 mod read;
 mod seals;
@@ -11,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
-use block::{Context, Error, ErrorKind, Result, WriteErrors};
+use block::{Closed, Context, Error, ErrorKind, Result, WriteErrors};
 use hostio::Cache;
 use tracing::warn;
 
@@ -92,6 +93,8 @@ pub struct Manager {
     readers: Readers,
     /// Whoever reads a snapshot shall stop.
     ending: AtomicBool,
+    /// The gates of all disks, held while they stand still.
+    stopped: Mutex<Option<Vec<Closed>>>,
     pub(crate) jobs: Arc<Jobs>,
     housekeeping: Option<Housekeeping>,
     pub(crate) marks: Marks,
@@ -183,6 +186,7 @@ impl Manager {
             images: Arc::default(),
             readers: world.readers.clone(),
             ending: AtomicBool::new(false),
+            stopped: Mutex::default(),
             jobs: Arc::new(Jobs::new(world)),
             housekeeping: None,
             marks: Marks::default(),
@@ -204,11 +208,6 @@ impl Manager {
     /// Sends what the device has to tell to all who listen.
     pub fn tell(&self, event: Event) {
         self.bus.emit(event);
-    }
-
-    /// Has all requests tried again that wait for the host.
-    pub fn resume(&self) {
-        self.disks.values().for_each(|disk| disk.chain.parking().resume());
     }
 
     /// The disks that are served.
