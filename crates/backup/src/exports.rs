@@ -191,10 +191,17 @@ impl Backups {
 
     /// `nbd-server-stop`: cuts its clients off; what it offered is offered no more.
     pub fn stop_server(&self) -> Result<()> {
-        let server = self.exports.server().take();
-        let server = server.ok_or_else(not_running)?;
-        server.shutdown(GRACE);
+        let mut server = self.exports.server();
+        server.take().ok_or_else(not_running)?.shutdown(GRACE);
+        // Those whose disks hang are on the list until they answer.
+        self.exports.list.lock().values_mut().for_each(|(_, info)| info.shutting_down = true);
         Ok(())
+    }
+
+    /// The daemon's end: no client reads or writes anything any more.
+    pub fn shut_down(&self) {
+        // There may be no server.
+        let _ = self.stop_server();
     }
 
     /// `block-export-add`: offers something on the server.
@@ -247,8 +254,9 @@ impl Backups {
     /// `block-export-del`: offers it no more. With `hard` its clients are cut off, else they are a reason to refuse.
     pub fn remove_export(&self, id: &str, hard: bool) -> Result<()> {
         let missing = || Error::new(ErrorKind::InvalidInput, format!("Export '{id}' is not found"));
-        let name = self.exports.list.lock().get(id).map(|(name, _)| name.clone()).ok_or_else(missing)?;
+        // First, for no export comes or goes by a command meanwhile.
         let server = self.exports.server();
+        let name = self.exports.list.lock().get(id).map(|(name, _)| name.clone()).ok_or_else(missing)?;
         let server = server.as_ref().ok_or_else(not_running)?;
         let how = if hard { Removal::Hard } else { Removal::Safe };
         server.remove_export(&name, how).context(|| format!("export '{id}' can not be deleted"))?;
@@ -321,15 +329,20 @@ impl Backups {
         };
         let missing = || Error::new(ErrorKind::InvalidInput, format!("Bitmap '{name}' is not found"));
         let pin = content.pin.as_ref().ok_or_else(missing)?;
-        if let Named::Node(node) = self.named(node)?
-            && let Kind::SnapshotAccess(access) = &node.kind
-        {
-            let own = access.bitmap(name, content.disk.capacity());
-            if let Ok(own) = own {
-                return Ok((name.clone(), own));
-            }
-        }
         let disk = pin.id();
+        match self.named(node)? {
+            Named::Disk(known) if known == disk => {}
+            Named::Node(node) => match &node.kind {
+                Kind::SnapshotAccess(access) if access.filter.disk == disk => {
+                    if let Ok(own) = access.bitmap(name, content.disk.capacity()) {
+                        return Ok((name.clone(), own));
+                    }
+                }
+                _ => return Err(missing()),
+            },
+            // What changed on another disk says nothing of this one.
+            Named::Disk(_) => return Err(missing()),
+        }
         let dirty = match self.manager.bitmaps(disk)?.iter().any(|known| known.name == *name) {
             true => self.manager.bitmap_lock(disk, name)?.dirty(pin)?,
             false => changes(&self.manager, disk, name, pin)?.ok_or_else(missing)?,

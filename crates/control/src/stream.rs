@@ -7,8 +7,9 @@
 
 use serde_json::Value;
 
-/// The longest value in bytes. QEMU takes 64 MiB; the longest command here is a list of disks. A parsed value may
-/// take some 90 times as much memory as its text, and every client may send one, hence the modesty.
+/// The longest value in bytes. QEMU takes 64 MiB; the longest command here is a transaction, with a bitmap and a backup of each
+/// of some hundred disks. A parsed value may take some 90 times as much memory as its text, and every client may send one,
+/// hence the modesty.
 pub(crate) const MAX_LENGTH: usize = 64 << 10;
 
 /// How deep braces and brackets may nest. QEMU takes 1024; `serde_json` itself refuses at 128.

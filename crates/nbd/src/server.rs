@@ -1,6 +1,6 @@
 //! The server: accepts clients, knows who is connected, ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
@@ -20,13 +20,16 @@ use crate::wire::{Handshake, Incoming, Outgoing, Socket, Wire};
 
 /// How long to wait before accepting again when the process has no descriptor or thread left, or too many clients came.
 const EXHAUSTED: Duration = Duration::from_millis(100);
+/// How long the end waits for what disks do for clients that were cut off.
+const DISKS: Duration = Duration::from_secs(5);
 /// Threads that all connections together may have beyond their first ones.
 const SPARE_THREADS: usize = 64;
 
 /// How a server treats its clients.
 #[derive(Debug)]
 pub struct Config {
-    /// How many may be connected at once; one more is turned away.
+    /// How many may be connected at once. One more takes the place of whoever has been connected the longest without choosing
+    /// an export, and is turned away if all have chosen.
     pub max_connections: usize,
     /// How long a client may take from connecting to choosing an export.
     pub handshake: Duration,
@@ -66,7 +69,10 @@ struct Shared {
 /// Who is connected.
 #[derive(Debug, Default)]
 struct Clients {
+    /// In the order in which they came.
     sockets: BTreeMap<u64, Arc<Socket>>,
+    /// Those that have not yet chosen an export.
+    undecided: BTreeSet<u64>,
     next: u64,
     stopped: bool,
 }
@@ -143,7 +149,8 @@ impl Server {
     }
 
     /// Takes no more clients and no more requests, and waits up to `grace` for those in flight; then cuts off who is left
-    /// and waits for what the disks still do for them. All exports are removed. A server that was shut down stays so.
+    /// and waits, at most 5 s more, for what the disks still do for them. All exports are removed; one whose disk hangs is gone
+    /// when that has answered ([`Export::on_gone`]). A server that was shut down stays so.
     pub fn shutdown(&self, grace: Duration) {
         for accepting in std::mem::take(&mut *self.listening()) {
             drop(accepting.wake);
@@ -160,7 +167,18 @@ impl Server {
             .wait_timeout_while(clients, grace, is_connected)
             .unwrap_or_else(PoisonError::into_inner);
         clients.sockets.values().for_each(|socket| socket.cut());
-        drop(self.shared.left.wait_while(clients, is_connected).unwrap_or_else(PoisonError::into_inner));
+        let (clients, _) = self
+            .shared
+            .left
+            .wait_timeout_while(clients, DISKS, is_connected)
+            .unwrap_or_else(PoisonError::into_inner);
+        if !clients.sockets.is_empty() {
+            tracing::warn!(
+                clients = clients.sockets.len(),
+                "a disk does not answer, and NBD clients wait for it"
+            );
+        }
+        drop(clients);
         self.shared.exports.clear();
     }
 
@@ -215,13 +233,22 @@ impl Shared {
     }
 
     fn enter(self: &Arc<Self>, socket: Socket) -> Option<Place> {
+        let is_full = |clients: &mut Clients| clients.sockets.len() >= self.config.max_connections;
         let mut clients = self.clients();
-        if clients.stopped || clients.sockets.len() >= self.config.max_connections {
+        if is_full(&mut clients) {
+            // Whoever only connects must not keep others out.
+            let oldest = clients.undecided.first().and_then(|number| clients.sockets.get(number));
+            oldest?.cut();
+            let left = self.left.wait_timeout_while(clients, EXHAUSTED, is_full);
+            clients = left.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if clients.stopped || is_full(&mut clients) {
             return None;
         }
         let (number, socket) = (clients.next, Arc::new(socket));
         clients.next += 1;
         clients.sockets.insert(number, Arc::clone(&socket));
+        clients.undecided.insert(number);
         Some(Place { shared: Arc::clone(self), number, socket })
     }
 }
@@ -258,6 +285,8 @@ impl Place {
         drop(negotiator);
         let entered = self.shared.exports.enter(&chosen.export, self.number, &self.socket);
         let export = entered.ok_or_else(|| io::Error::other("the export was removed meanwhile"))?;
+        // Before the client knows.
+        self.shared.clients().undecided.remove(&self.number);
         Handshake { wire: &wire, incoming: &mut incoming, outgoing: &mut outgoing, deadline }
             .write_all(&chosen.farewell)?;
         wire.begin_transmission(&mut incoming)?;
@@ -272,7 +301,10 @@ impl Drop for Place {
     fn drop(&mut self) {
         // Whatever happened, the client hears that it is over.
         self.socket.cut();
-        self.shared.clients().sockets.remove(&self.number);
+        let mut clients = self.shared.clients();
+        clients.sockets.remove(&self.number);
+        clients.undecided.remove(&self.number);
+        drop(clients);
         self.shared.left.notify_all();
     }
 }

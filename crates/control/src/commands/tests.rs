@@ -230,3 +230,19 @@ fn a_disk_is_resized_by_its_name_or_by_that_of_its_active_layer() {
     );
     assert_eq!(refused(json!({"device": "vda", "size": -1})).0, ErrorClass::GenericError);
 }
+
+/// As deep as the stream lets through, on a thread's stack as a client has it.
+#[test]
+fn nodes_within_nodes_are_read_to_any_depth_that_arrives() {
+    let mut node = json!({"driver": "file", "filename": "/x"});
+    for _ in 3..crate::stream::MAX_DEPTH {
+        node = json!({"driver": "raw", "file": node});
+    }
+    node["node-name"] = json!("top");
+    let text = json!({"execute": "blockdev-add", "arguments": node}).to_string();
+    let depth = text.bytes().filter(|byte| *byte == b'{').count();
+    assert_eq!(depth, crate::stream::MAX_DEPTH - 1);
+    let begun = std::time::Instant::now();
+    assert_eq!(run_one("blockdev-add", node), Ok(json!({})));
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}

@@ -3,9 +3,10 @@
 //! ```text
 //!   start                                            stop
 //!     Manager (state directory, chains, thaw owed)     QMP server: no more commands
-//!     a vhost-user device a disk                       Manager: the cut under way ends, the guest is thawed
-//!     QMP server                                       devices: sessions end, rings are drained
-//!     READY=1 to systemd                               Manager: all that was acknowledged is synced
+//!     a vhost-user device a disk                       NBD server: clients are cut off, exports end
+//!     QMP server                                       Manager: the cut under way ends, the guest is thawed
+//!     READY=1 to systemd                               devices: sessions end, rings are drained
+//!                                                      Manager: all that was acknowledged is synced
 //! ```
 
 mod guest;
@@ -56,7 +57,7 @@ pub(crate) fn run(config: Config) -> Result<()> {
     let ids = config.disks.iter().map(|disk| disk.id.clone());
     let notifiers = ids.zip(devices.iter().map(Server::notifier)).collect();
     let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, notifiers, stop));
-    let mut control = control::Server::start(&config.control, daemon, manager.subscribe())?;
+    let mut control = control::Server::start(&config.control, Arc::clone(&daemon) as _, manager.subscribe())?;
     info!(disks = config.disks.len(), control = %config.control.display(), "serving");
     tell_systemd(&[NotifyState::Ready]);
 
@@ -64,6 +65,7 @@ pub(crate) fn run(config: Config) -> Result<()> {
     tell_systemd(&[NotifyState::Stopping]);
     control.stop(GRACE);
     drop(control);
+    daemon.end_exports();
     if let Err(error) = manager.end_changes() {
         warn!(%error, "what was prepared could not be undone wholly");
     }

@@ -70,6 +70,11 @@ impl Daemon {
             stop: None,
         }
     }
+
+    /// At the end, when no more commands come: what clients read over NBD ends.
+    pub(super) fn end_exports(&self) {
+        self.backups.shut_down();
+    }
 }
 
 impl Service for Daemon {

@@ -148,6 +148,22 @@ fn one_client_more_than_there_may_be_is_turned_away() {
     rig.client(Style::Simple);
 }
 
+/// A hundred silent clients kept all others out, for as long as they came again after each handshake's time.
+#[test]
+fn clients_that_never_choose_give_way_to_those_who_do() {
+    let rig = Rig::new(Config { max_connections: 3, ..Config::default() }, memory());
+    let mut chosen = rig.client(Style::Simple);
+    let mut silent: Vec<_> = (0..2).map(|_| rig.greet()).collect();
+    let mut next = rig.client(Style::Structured);
+    assert!(is_cut_off(&mut silent[0].stream), "who came first goes first");
+    let mut last = rig.client(Style::Structured);
+    assert!(is_cut_off(&mut silent[1].stream));
+    assert!(is_cut_off(&mut rig.connect()), "who has chosen stays");
+    for client in [&mut chosen, &mut next, &mut last] {
+        assert_eq!(client.error(0, command::READ, 0, 512), 0);
+    }
+}
+
 #[test]
 fn a_tcp_client_is_served_as_well() {
     let rig = Rig::new(Config::default(), memory());

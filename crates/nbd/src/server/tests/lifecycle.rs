@@ -117,6 +117,23 @@ fn at_the_end_requests_in_flight_are_answered_and_all_is_let_go() {
 }
 
 #[test]
+fn a_disk_that_hangs_does_not_hold_up_the_end() {
+    let storage = Slow::new();
+    let (export, gone) = told(Arc::clone(&storage) as _);
+    let rig = Rig::with(Config::default(), export);
+    let mut client = rig.client(Style::Structured);
+    client.send(1, read(0), &[]);
+    eventually(|| storage.waiting.load(Ordering::SeqCst) == 1);
+    let begin = Instant::now();
+    rig.server.shutdown(Duration::ZERO);
+    assert!(begin.elapsed() < Duration::from_secs(20));
+    assert!(answer(&mut client.stream, |_| 0).is_none(), "it was cut off");
+    assert_eq!((rig.server.exports(), gone.load(Ordering::SeqCst)), (Vec::new(), 0));
+    storage.let_go();
+    eventually(|| gone.load(Ordering::SeqCst) == 1);
+}
+
+#[test]
 fn a_client_that_does_not_go_does_not_hold_up_the_end() {
     let rig = Rig::new(Config::default(), memory());
     let mut deaf = rig.client(Style::Structured);
