@@ -350,3 +350,84 @@ fn qemu_img(arguments: &[&str]) {
     let output = Command::new("qemu-img").args(arguments).output().unwrap();
     assert!(output.status.success(), "qemu-img {arguments:?}: {output:?}");
 }
+
+#[test]
+fn nothing_but_a_targets_own_job_writes_to_it() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    let file = |name: &str, path: &Path| json!({"driver": "file", "node-name": name, "filename": path});
+    let error = add(&daemon, file("f", &bench.path("vda.raw"))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy, "a disk's own file: {error}");
+    transaction(&daemon, json!([bitmap("add", "vda", "b")])).unwrap();
+    let overlay = daemon.manager.disks()[0].layers.last().unwrap().path.clone();
+    assert_eq!(add(&daemon, file("f", &overlay)).unwrap_err().kind(), ErrorKind::Busy);
+
+    let path = bench.path("shared");
+    File::create(&path).unwrap().set_len(SIZE).unwrap();
+    add(&daemon, file("f", &path)).unwrap();
+    add(&daemon, json!({"driver": "raw", "node-name": "one", "file": "f"})).unwrap();
+    let two = json!({"driver": "raw", "node-name": "two", "file": "f"});
+    assert_eq!(add(&daemon, two.clone()).unwrap_err().kind(), ErrorKind::Busy);
+    daemon.backups.remove_node("one").unwrap();
+    add(&daemon, two).unwrap();
+
+    let read_only = json!({"driver": "raw", "node-name": "r", "read-only": true,
+        "file": {"driver": "file", "filename": bench.target(&daemon, "t")}});
+    assert_eq!(add(&daemon, read_only.clone()).unwrap_err().kind(), ErrorKind::Busy);
+    daemon.backups.remove_node("t").unwrap();
+    add(&daemon, read_only).unwrap();
+    let error = transaction(&daemon, json!([full("vda", "r")])).unwrap_err();
+    assert_eq!((error.kind(), &*error.to_string()), (ErrorKind::ReadOnly, "Block node is read-only: 'r'"));
+}
+
+/// A program cleaned the bitmap in the transaction that began its increment, and the daemon died before the increment was
+/// whole: it would have been lost for all later ones.
+#[test]
+fn a_bitmap_that_is_cleaned_beside_a_backup_is_clean_when_that_has_succeeded() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    bench.target(&daemon, "t");
+    let persistent =
+        json!([{"type": "block-dirty-bitmap-add", "data": {"node": "vda", "name": "b", "persistent": true}}]);
+    transaction(&daemon, persistent).unwrap();
+    (0..16).for_each(|at| write(&daemon, "vda", at << 16, 1));
+    let mut slow = full("vda", "t");
+    slow["data"]["speed"] = json!(65536);
+    slow["data"]["auto-finalize"] = json!(false);
+    transaction(&daemon, json!([slow, bitmap("clear", "vda", "b")])).unwrap();
+    write(&daemon, "vda", 100 << 16, 2);
+    assert_eq!(dirty(&daemon, "vda", "b"), 17 << 16);
+    daemon.manager.shut_down().unwrap();
+    drop(daemon);
+    let daemon = bench.open();
+    assert_eq!(dirty(&daemon, "vda", "b"), 17 << 16);
+    bench.target(&daemon, "u");
+    transaction(&daemon, json!([bitmap("clear", "vda", "b"), full("vda", "u")])).unwrap();
+    write(&daemon, "vda", 3 << 16, 3);
+    assert_eq!(finish(&daemon, "u"), None);
+    assert_eq!(dirty(&daemon, "vda", "b"), 1 << 16);
+}
+
+#[test]
+fn a_node_that_a_job_reads_or_writes_is_in_use() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    bench.target(&daemon, "out");
+    bench.target(&daemon, "fleece");
+    let filter =
+        json!({"driver": "copy-before-write", "node-name": "cbw", "file": "vda", "target": "fleece"});
+    add(&daemon, filter).unwrap();
+    add(&daemon, json!({"driver": "snapshot-access", "node-name": "access", "file": "cbw"})).unwrap();
+    let mut waits = full("access", "out");
+    waits["data"]["auto-finalize"] = json!(false);
+    transaction(&daemon, json!([waits])).unwrap();
+    daemon.backups.set_drive("vda", "vda").unwrap();
+    for node in ["out", "access", "cbw", "fleece"] {
+        assert_eq!(daemon.backups.remove_node(node).unwrap_err().kind(), ErrorKind::Busy, "{node}");
+    }
+    daemon.manager.ask_job("out", JobVerb::Cancel).unwrap();
+    finish(&daemon, "out");
+    for node in ["out", "access", "cbw", "fleece"] {
+        daemon.backups.remove_node(node).unwrap();
+    }
+}
