@@ -13,7 +13,10 @@ use backup::{Action, Backups, NodeOptions};
 use block::{ErrorKind, WriteErrors, read_disk, write_disk};
 use hostio::Cache;
 use serde_json::{Value, json};
-use snapshot::{AllowedFolders, DiskConfig, FreezeDefaults, ImageFormat, JobStatus, JobVerb, Manager};
+use snapshot::{
+    AllowedFolders, DiskConfig, FreezeDefaults, Halt, HostedJob, ImageFormat, Job, JobStatus, JobType,
+    JobVerb, Labor, Manager,
+};
 use tempfile::TempDir;
 
 const SIZE: u64 = 8 << 20;
@@ -430,4 +433,32 @@ fn a_node_that_a_job_reads_or_writes_is_in_use() {
     for node in ["out", "access", "cbw", "fleece"] {
         daemon.backups.remove_node(node).unwrap();
     }
+}
+
+/// What a defect would do.
+struct Defective;
+
+impl Labor for Defective {
+    fn run(self: Box<Self>, _job: &Job) -> Result<(), Halt> {
+        panic!("as asked")
+    }
+}
+
+#[test]
+fn a_job_that_panics_fails_and_does_not_stay() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    for _ in 0..2 {
+        let asked = HostedJob {
+            id: "j".to_owned(),
+            kind: JobType::Backup,
+            speed: 0,
+            auto_finalize: true,
+            auto_dismiss: false,
+            client: None,
+        };
+        daemon.manager.enter_job(asked).unwrap().start(Box::new(Defective)).unwrap();
+        assert!(finish(&daemon, "j").unwrap().contains("internal error"));
+    }
+    assert!(daemon.manager.jobs().is_empty());
 }
