@@ -362,8 +362,10 @@ impl Inner {
     }
 
     fn dismiss(&self, job: &Arc<Job>) -> Result<()> {
+        // At once: whoever asks finds no job that is gone, and its id is free.
+        let mut list = self.list();
         job.go(JobStatus::Null)?;
-        self.list().entries.retain(|entry| !Arc::ptr_eq(&entry.job, job));
+        list.entries.retain(|entry| !Arc::ptr_eq(&entry.job, job));
         Ok(())
     }
 
