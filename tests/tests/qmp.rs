@@ -66,7 +66,7 @@ fn qmp_shell_gets_along_with_it() {
         snapshot-revert name=typed discard-newer=true\n";
     let text = type_into_shell(&path, folder.path(), lines);
     for expected in [
-        "Connected to QEMU 0.",
+        "Connected to QEMU 10.",
         r#"{"return": {"running": true, "status": "running"}}"#,
         r#""grade": "filesystem""#,
         r#"{"error": {"class": "DeviceNotFound", "desc": "no snapshot is named missing"}}"#,
