@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::process::output_of;
-use crate::{Builder, Context, Error, Guest, Process, Result, Scratch, eventually, program};
+use crate::{Builder, Context, Error, Guest, Process, Qmp, Result, Scratch, eventually, program};
 
 /// What `snapshot create --json` prints, as a script would read it.
 #[derive(Clone, Debug, Deserialize)]
@@ -34,6 +34,14 @@ pub struct SnapshotDisk {
     pub path: PathBuf,
     /// `raw` or `qcow2`.
     pub format: String,
+}
+
+/// A disk of a snapshot that is served over NBD until this is dropped.
+#[derive(Debug)]
+pub struct Served {
+    /// For clients.
+    pub uri: String,
+    _command: Process,
 }
 
 /// `frazil serve`, with raw disks in a scratch folder. It is killed when it is dropped.
@@ -171,5 +179,25 @@ impl Daemon {
         let path = out.display().to_string();
         self.command(&["snapshot", "export", name, "--disk", disk, "--format", "raw", &path])?;
         Ok(out)
+    }
+
+    /// Serves a disk of a snapshot over NBD, as `snapshot export --nbd` does; `since` is for the bitmap of that name.
+    pub fn serve(&self, name: &str, disk: &str, since: Option<&str>) -> Result<Served> {
+        let socket = self.folder.join(format!("{name}-{disk}.nbd"));
+        let (at, control) = (socket.display().to_string(), self.control.display().to_string());
+        let mut words = vec!["snapshot", "export", name, "--disk", disk, "--nbd", &at, "--control", &control];
+        words.extend(since.iter().flat_map(|since| ["--since", since]));
+        let log = self.folder.join(format!("{name}-{disk}.log"));
+        let mut command = Process::spawn(&program("frazil")?, words, log)?;
+        eventually("the NBD socket", Duration::from_secs(20), || {
+            command.check_alive()?;
+            Ok(UnixStream::connect(&socket).ok())
+        })?;
+        Ok(Served { uri: format!("nbd+unix:///?socket={at}"), _command: command })
+    }
+
+    /// A new connection to its control socket.
+    pub fn monitor(&self) -> Result<Qmp> {
+        Qmp::connect(&self.control)
     }
 }

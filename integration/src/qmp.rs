@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{Context, Error, Result};
 
-/// A small, blocking QMP client for QEMU's own monitor.
+/// A small, blocking QMP client, for QEMU's own monitor and for Frazil's.
 #[derive(Debug)]
 pub struct Qmp {
     reader: BufReader<UnixStream>,

@@ -55,8 +55,8 @@ pub fn verify(
     Ok(verdicts)
 }
 
-/// Proves raw images, one for each expectation; they are changed by the replay.
-fn verify_images(
+/// As [`verify`], of raw images, one for each expectation. They are changed by the replay.
+pub fn verify_images(
     scratch: &Scratch,
     name: &str,
     frozen: bool,
