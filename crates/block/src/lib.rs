@@ -47,7 +47,7 @@ pub use error::{Context, Error, ErrorKind, Result};
 pub use gate::{Closed, Gate, Lane, Wait};
 pub use layer::{Layer, Place, Run};
 pub use parking::{Bay, IoStatus, Parking, WriteErrors};
-pub use pulse::{Beat, Pulse, Reading};
+pub use pulse::{Beat, Ended, Kind, LATENCY_BUCKETS, Outcome, Pulse, Reading, Stats, Tally};
 pub use raw::RawDisk;
 pub use stack::Stack;
 pub use storage::{ByteRange, Storage, write_zeroes};

@@ -1,9 +1,11 @@
-//! The pulse: how long a disk's requests take just now, for those who work beside the guest and must not be felt.
+//! The pulse: how long a disk's requests take just now, for those who work beside the guest and must not be felt; and
+//! what it has been asked for in all, for those who watch.
 //!
 //! ```text
-//!   worker ─▶ Beat ─┐  counts, each worker in a cache line of its own
+//!   worker ─▶ Beat ─┐  counts, each worker in cache lines of its own
 //!   worker ─▶ Beat ─┼─▶ Pulse ─▶ Reading ─▶ a job that slows down
-//!   worker ─▶ Beat ─┘  every 64th request is timed
+//!   worker ─▶ Beat ─┘  every 64th      └──▶ Stats ─▶ statistics, metrics
+//!                      request is timed
 //! ```
 //!
 //! # Invariants
@@ -11,9 +13,13 @@
 //! - A timed request counts from when it was taken from its ring to its used ring entry: the guest's wait before a closed
 //!   gate is not in it.
 
+mod stats;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+pub use stats::{Ended, Kind, LATENCY_BUCKETS, Outcome, Stats, Tally};
 
 /// Of so many requests one is timed. Reading the clock costs a tenth of what a small request does.
 const TIMED: u64 = 64;
@@ -35,8 +41,8 @@ pub struct Pulse {
 #[derive(Debug, Default)]
 struct Workers {
     counts: Vec<Arc<Counts>>,
-    /// Completed by those who are gone.
-    gone: u64,
+    /// What those who are gone have counted.
+    gone: Counts,
 }
 
 /// One worker's counts. Nobody else writes them; the alignment keeps those of two workers out of one another's cache
@@ -48,6 +54,7 @@ struct Counts {
     completed: AtomicU64,
     /// When the request began that is being timed, in nanoseconds since the epoch, at least 1; 0 if there is none.
     timing: AtomicU64,
+    stats: stats::Counts,
 }
 
 /// What the pulse says.
@@ -84,7 +91,8 @@ impl Pulse {
         let mean = Duration::from_nanos(self.mean.load(Ordering::Relaxed));
         let samples = self.samples.load(Ordering::Relaxed);
         let workers = self.workers();
-        let mut reading = Reading { latency: mean, samples, completed: workers.gone, in_flight: 0 };
+        let mut reading = Reading { latency: mean, samples, completed: 0, in_flight: 0 };
+        reading.completed = workers.gone.completed.load(Ordering::Relaxed);
         let now = self.now();
         for counts in &workers.counts {
             // Completed first: a request that ends in between is in flight still, and never less than none.
@@ -97,6 +105,15 @@ impl Pulse {
             }
         }
         reading
+    }
+
+    /// What the disk has been asked for since it was opened. Takes the same lock.
+    pub fn stats(&self) -> Stats {
+        let workers = self.workers();
+        let mut stats = Stats::default();
+        stats.add(&workers.gone.stats);
+        workers.counts.iter().for_each(|counts| stats.add(&counts.stats));
+        stats
     }
 
     /// Nanoseconds since the epoch, at least 1.
@@ -146,13 +163,20 @@ impl Beat {
         }
     }
 
-    /// Request `number` has been answered.
-    pub fn ended(&mut self, number: u16) {
+    /// Request `number` has been answered; `ended` is `None` if it was none that is counted by its kind.
+    pub fn ended(&mut self, number: u16, ended: Option<Ended>) {
         let completed = self.counts.completed.load(Ordering::Relaxed);
         self.counts.completed.store(completed.wrapping_add(1), Ordering::Release);
+        if let Some(ended) = ended {
+            self.counts.stats.count(ended);
+        }
         if self.timed == Some(number) {
             let began = self.counts.timing.load(Ordering::Relaxed);
-            self.pulse.sample(self.pulse.now().saturating_sub(began));
+            let nanos = self.pulse.now().saturating_sub(began);
+            self.pulse.sample(nanos);
+            if let Some(ended) = ended {
+                self.counts.stats.time(ended.kind, nanos);
+            }
             self.untime(number);
         }
     }
@@ -176,7 +200,8 @@ impl Drop for Beat {
     fn drop(&mut self) {
         let mut workers = self.pulse.workers();
         workers.counts.retain(|counts| !Arc::ptr_eq(counts, &self.counts));
-        workers.gone += self.counts.completed.load(Ordering::Relaxed);
+        workers.gone.stats.take_over(&self.counts.stats);
+        workers.gone.completed.fetch_add(self.counts.completed.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
@@ -190,14 +215,14 @@ mod tests {
         let mut beat = pulse.beat();
         for number in 0..640_u64 {
             beat.begun(number as u16);
-            beat.ended(number as u16);
+            beat.ended(number as u16, None);
         }
         let reading = pulse.read();
         assert_eq!((reading.samples, reading.completed, reading.in_flight), (10, 640, 0));
         assert!(!reading.latency.is_zero());
         beat.rest();
         beat.begun(1);
-        beat.ended(1);
+        beat.ended(1, None);
         assert_eq!(pulse.read().samples, 11, "a guest that asks now and then is timed each time");
     }
 
@@ -227,7 +252,7 @@ mod tests {
         assert!(stuck.latency >= Duration::from_millis(5) && stuck.in_flight == 1, "{stuck:?}");
         beat.untime(3);
         assert_eq!(pulse.read().latency, Duration::ZERO);
-        beat.ended(3);
+        beat.ended(3, None);
         assert_eq!(pulse.read().samples, 0);
     }
 
@@ -237,9 +262,11 @@ mod tests {
         let (mut first, mut second) = (pulse.beat(), pulse.beat());
         first.begun(0);
         second.begun(0);
-        first.ended(0);
+        first.ended(0, Some(Ended { kind: Kind::Flush, offset: 0, len: 0, outcome: Outcome::Done }));
         drop(first);
         let reading = pulse.read();
         assert_eq!((reading.completed, reading.in_flight), (1, 1));
+        let flushes = pulse.stats().of(Kind::Flush);
+        assert_eq!((flushes.done, flushes.buckets.iter().sum()), (1, 1), "the first one was timed");
     }
 }

@@ -40,6 +40,14 @@ pub(crate) struct Caller<'a> {
     pub(crate) is_gone: &'a dyn Fn() -> bool,
 }
 
+#[cfg(test)]
+impl<'a> Caller<'a> {
+    /// A client that follows no progress, and has gone once anybody looks.
+    pub(crate) fn alone(service: &'a dyn Service) -> Self {
+        Self { service, client: 1, progress: &|_, _| ControlFlow::Continue(()), is_gone: &|| true }
+    }
+}
+
 type Arguments = Map<String, Value>;
 type Outcome = Result<Value, CommandError>;
 

@@ -41,6 +41,7 @@ mod schema;
 mod server;
 mod service;
 mod session;
+mod stats;
 mod stream;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

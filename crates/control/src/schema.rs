@@ -22,6 +22,7 @@ pub(crate) use introspect::introspect;
 pub(crate) const FILES: &[&str] = &[
     include_str!("../../../docs/qapi/protocol.json"),
     include_str!("../../../docs/qapi/disks.json"),
+    include_str!("../../../docs/qapi/stats.json"),
     include_str!("../../../docs/qapi/snapshots.json"),
     include_str!("../../../docs/qapi/marks.json"),
     include_str!("../../../docs/qapi/jobs.json"),

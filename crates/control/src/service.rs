@@ -8,7 +8,7 @@ use backup::{
     Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServeRequest, ServerOptions, Serving,
     TlsCredentials,
 };
-use block::Result;
+use block::{Result, Stats};
 use serde::{Deserialize, Serialize};
 use snapshot::{
     BitmapInfo, BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, ClientId, CommitRequest,
@@ -151,6 +151,9 @@ pub trait Service: Send + Sync {
 
     /// The disks, sorted by id.
     fn disks(&self) -> Vec<DiskStatus>;
+
+    /// What each disk has been asked for, sorted by id.
+    fn stats(&self) -> Vec<(String, Stats)>;
 
     /// The state of the whole.
     fn status(&self) -> DaemonStatus;

@@ -10,7 +10,7 @@ use backup::{
     Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServeRequest, ServerOptions, Serving,
     TlsCredentials,
 };
-use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, WriteErrors};
+use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, Stats, WriteErrors};
 use hostio::Cache;
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
@@ -446,6 +446,10 @@ impl Service for Fake {
             parked: 2,
             layers: vec![base, overlay],
         }]
+    }
+
+    fn stats(&self) -> Vec<(String, Stats)> {
+        vec![("vda".to_owned(), Stats::default())]
     }
 
     fn status(&self) -> DaemonStatus {

@@ -26,7 +26,7 @@ use block::{Disk, Error, ErrorKind, Result, Source, Storage};
 use hostio::{Completion, Ring};
 
 use crate::cache::CacheMode;
-use crate::errors::Errors;
+use crate::errors::{Errors, is_hosts};
 use crate::guest::GuestBuffer;
 use crate::request::{Op, Status};
 use crate::slot::{Piece, Slot};
@@ -348,6 +348,7 @@ impl Engine {
 
     fn report(&mut self, index: u16, slot: &mut Slot, error: &Error) {
         self.errors.reported(slot.op.as_ref(), error);
+        slot.invalid = !is_hosts(error.kind());
         let status = match error.kind() {
             ErrorKind::Unsupported => Status::Unsupported,
             _ => Status::IoError,

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use block::{Error, ErrorKind, Extent, Flush, Storage, WriteGuard};
+use block::{ByteRange, Ended, Error, ErrorKind, Extent, Flush, Kind, Outcome, Storage, WriteGuard};
 use vm_memory::GuestAddress;
 
 use crate::guest::GuestBuffer;
@@ -19,6 +19,8 @@ pub(crate) struct Slot {
     pub(crate) buffer: GuestBuffer,
     /// How it ended.
     pub(crate) status: Status,
+    /// Whether it failed because it made no sense.
+    pub(crate) invalid: bool,
     /// Bytes written to the chain's data.
     pub(crate) written: u32,
     /// How often it was tried after it had been parked.
@@ -52,7 +54,26 @@ impl Slot {
         self.pieces.clear();
         (self.op, self.failed, self.guard, self.flush) = (None, None, None, None);
         self.syncs.clear();
-        self.tries = 0;
+        (self.tries, self.invalid) = (0, false);
+    }
+
+    /// What is to be counted of it, once it has ended.
+    pub(crate) fn ended(&self) -> Option<Ended> {
+        let nowhere = ByteRange { offset: 0, len: 0 };
+        let (kind, range) = match self.op? {
+            Op::Read(range) => (Kind::Read, range),
+            Op::Write(range) => (Kind::Write, range),
+            Op::Flush => (Kind::Flush, nowhere),
+            Op::Discard(range) => (Kind::Discard, range),
+            Op::WriteZeroes { range, .. } => (Kind::WriteZeroes, range),
+            Op::Id | Op::Refuse(_) => return None,
+        };
+        let outcome = match (self.status, self.invalid) {
+            (Status::Ok, _) => Outcome::Done,
+            (_, false) => Outcome::Failed,
+            (_, true) => Outcome::Invalid,
+        };
+        Some(Ended { kind, offset: range.offset, len: range.len, outcome })
     }
 
     /// Lets go of everything of the disk's, so that the request can be begun anew, and nobody waits for it meanwhile.

@@ -251,9 +251,9 @@ impl Worker {
                 if slot.tries > 0 && self.lot.ended() {
                     self.complaints.parked_no_more();
                 }
+                self.beat.ended(index, slot.ended());
                 slot.clear();
             }
-            self.beat.ended(index);
             self.free.push(index);
         }
         self.lane.leave(count as u64);
@@ -300,7 +300,7 @@ impl Worker {
         let mut all = self.lot.empty();
         for slot in &mut all {
             (slot.status, slot.written) = (Status::IoError, 0);
-            self.beat.ended(NO_SLOT);
+            self.beat.ended(NO_SLOT, slot.ended());
         }
         tracing::warn!(
             requests = all.len(),

@@ -25,3 +25,4 @@ mod recipe;
 mod served;
 mod shared;
 mod stopped;
+mod watched;

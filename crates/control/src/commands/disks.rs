@@ -7,12 +7,14 @@ use snapshot::{BitmapInfo, DiskStatus};
 use super::{Arguments, Caller, Command, Outcome, nothing, typed, value};
 use crate::blocks;
 use crate::error::CommandError;
+use crate::stats::block_stats;
 
 pub(super) const COMMANDS: &[Command] = &[
     ("query-status", run_state),
     ("query-frazil", query_frazil),
     ("query-block", query_block),
     ("query-named-block-nodes", query_nodes),
+    ("query-blockstats", query_stats),
     ("block_resize", resize),
     ("stop", stop),
     ("cont", resume),
@@ -61,6 +63,12 @@ fn query_nodes(caller: &Caller<'_>, _: Arguments) -> Outcome {
     }
     nodes.extend(caller.service.nodes().into_iter().map(blocks::added));
     value(&nodes)
+}
+
+/// Disks are the only nodes that count, so `query-nodes` makes no difference.
+fn query_stats(caller: &Caller<'_>, _: Arguments) -> Outcome {
+    let stats = caller.service.stats();
+    value(&stats.into_iter().map(|(id, stats)| block_stats(id, &stats)).collect::<Vec<_>>())
 }
 
 fn resize(caller: &Caller<'_>, arguments: Arguments) -> Outcome {

@@ -11,8 +11,7 @@ use crate::testing::Fake;
 
 /// Runs requests one after the other as one client, and returns what came of the last.
 fn run_all(service: &Fake, negotiated: bool, requests: &[Value]) -> Outcome {
-    let caller =
-        Caller { service, client: 1, progress: &|_, _| ControlFlow::Continue(()), is_gone: &|| true };
+    let caller = Caller::alone(service);
     let mut negotiated = negotiated;
     let mut last = nothing();
     for request in requests {
@@ -141,7 +140,7 @@ fn an_export_tells_how_far_it_is() {
         seen.borrow_mut().push((name.to_owned(), data));
         ControlFlow::Continue(())
     };
-    let caller = Caller { service: &service, client: 1, progress: &progress, is_gone: &|| true };
+    let caller = Caller { progress: &progress, ..Caller::alone(&service) };
     service.create(CreateRequest { name: "a".into(), disks: None, freeze: None }).unwrap();
     let arguments = json!({"name": "a", "disk": "vda", "target": "/x", "format": "qcow2"});
     let (_, request) = parse_request(json!({"execute": "snapshot-export", "arguments": arguments}));

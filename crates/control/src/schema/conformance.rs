@@ -6,7 +6,9 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use serde_json::json;
-use snapshot::{CreateRequest, ErrorAction, Event, IoOperation, JobEnd, JobStatus, JobType, Step};
+use snapshot::{
+    CreateRequest, ErrorAction, Event, IoOperation, JobEnd, JobStatus, JobType, SnapshotRecord, Step,
+};
 use time::OffsetDateTime;
 
 use super::*;
@@ -49,12 +51,7 @@ fn what_the_check_lets_pass_the_types_take() {
     for (name, signature) in SCHEMA.commands.iter().filter(|(name, _)| *name != "qmp_capabilities") {
         for (turn, full) in (0..16).flat_map(|turn| [(turn, true), (turn, false)]) {
             let (service, _events) = Fake::new();
-            let caller = Caller {
-                service: &service,
-                client: 1,
-                progress: &|_, _| ControlFlow::Continue(()),
-                is_gone: &|| true,
-            };
+            let caller = Caller::alone(&service);
             let arguments = sample(&signature.arguments, turn, full);
             if let Err(error) = run(&caller, name, arguments.as_object().unwrap().clone()) {
                 let story = format!("{name} with {arguments}: {}", error.desc);
@@ -121,17 +118,10 @@ fn every_type_that_is_named_is_defined_and_every_type_that_is_defined_is_used() 
     assert_eq!(types.union(&bases.collect()).copied().collect::<BTreeSet<_>>(), defined);
 }
 
-#[test]
-fn what_commands_return_is_what_is_documented() {
-    let (service, _events) = Fake::new();
-    let caller = Caller {
-        service: &service,
-        client: 1,
-        progress: &|_, _| ControlFlow::Continue(()),
-        is_gone: &|| true,
-    };
+/// Of disks and snapshots.
+fn calls_of_snapshots() -> Vec<(&'static str, Value)> {
     let prepare = |name: &str| json!({"name": name});
-    let calls = [
+    vec![
         ("query-version", json!({})),
         ("query-commands", json!({})),
         ("query-name", json!({})),
@@ -144,6 +134,7 @@ fn what_commands_return_is_what_is_documented() {
         ("cont", json!({})),
         ("query-block", json!({})),
         ("query-named-block-nodes", json!({})),
+        ("query-blockstats", json!({"query-nodes": true})),
         ("query-frazil", json!({})),
         ("snapshot-create", prepare("a")),
         ("snapshot-prepare", prepare("b")),
@@ -167,6 +158,12 @@ fn what_commands_return_is_what_is_documented() {
         ("snapshot-delete", json!({"name": "b", "job-id": "j", "speed": 1, "auto-dismiss": false})),
         ("block-commit", json!({"device": "vda", "top": "/images/vda.1.qcow2", "base-node": "vda.0"})),
         ("block-stream", json!({"device": "vda.1", "job-id": "up"})),
+    ]
+}
+
+/// Of jobs.
+fn calls_of_jobs() -> Vec<(&'static str, Value)> {
+    vec![
         ("job-pause", json!({"id": "j"})),
         ("job-resume", json!({"id": "j"})),
         ("block-job-set-speed", json!({"device": "j", "speed": 0})),
@@ -182,6 +179,12 @@ fn what_commands_return_is_what_is_documented() {
         ("block-job-cancel", json!({"device": "j", "force": true})),
         ("block-job-dismiss", json!({"id": "up"})),
         ("job-dismiss", json!({"id": "j"})),
+    ]
+}
+
+/// Of nodes, bitmaps and exports; the last one ends all.
+fn calls_of_nodes() -> Vec<(&'static str, Value)> {
+    vec![
         ("blockdev-add", json!({"driver": "file", "node-name": "f", "filename": "/x"})),
         ("qom-set", json!({"path": "vda", "property": "drive", "value": "f"})),
         ("blockdev-backup", json!({"device": "vda", "target": "f", "sync": "full"})),
@@ -206,7 +209,19 @@ fn what_commands_return_is_what_is_documented() {
         ("nbd-server-stop", json!({})),
         ("blockdev-del", json!({"node-name": "f"})),
         ("quit", json!({})),
-    ];
+    ]
+}
+
+/// Every command, with arguments that the fake takes.
+fn calls() -> Vec<(&'static str, Value)> {
+    [calls_of_snapshots(), calls_of_jobs(), calls_of_nodes()].concat()
+}
+
+#[test]
+fn what_commands_return_is_what_is_documented() {
+    let (service, _events) = Fake::new();
+    let caller = Caller::alone(&service);
+    let calls = calls();
     for (name, arguments) in &calls {
         let arguments = arguments.as_object().unwrap().clone();
         let returned = run(&caller, name, arguments).unwrap();
@@ -222,13 +237,10 @@ fn what_commands_return_is_what_is_documented() {
     assert!(SCHEMA.commands.keys().all(called));
 }
 
-#[test]
-fn the_events_and_their_data_are_the_documented_ones() {
-    let (service, _events) = Fake::new();
-    let record = service.create(CreateRequest { name: "a".into(), disks: None, freeze: None }).unwrap();
-    assert_eq!(record.time, OffsetDateTime::UNIX_EPOCH);
+/// One of each that are not of a step or of a state of jobs.
+fn plain_events(record: SnapshotRecord) -> Vec<Event> {
     let name = || "a".to_owned();
-    let mut events = vec![
+    vec![
         Event::Created { snapshot: Box::new(record) },
         Event::Sealed { name: name() },
         Event::Failed { name: name(), step: Step::Freeze, reason: "no agent".into() },
@@ -256,7 +268,16 @@ fn the_events_and_their_data_are_the_documented_ones() {
         Event::JobPending { r#type: JobType::Backup, id: name(), client: None },
         Event::Stopped {},
         Event::Resumed {},
-    ];
+    ]
+}
+
+#[test]
+fn the_events_and_their_data_are_the_documented_ones() {
+    let (service, _events) = Fake::new();
+    let record = service.create(CreateRequest { name: "a".into(), disks: None, freeze: None }).unwrap();
+    assert_eq!(record.time, OffsetDateTime::UNIX_EPOCH);
+    let name = || "a".to_owned();
+    let mut events = plain_events(record);
     let steps = [
         Step::Prepare,
         Step::PreSync,
@@ -302,7 +323,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
         ControlFlow::Continue(())
     };
     let export = json!({"name": "a", "disk": "vda", "target": "/x", "format": "raw"});
-    let caller = Caller { service: &service, client: 1, progress: &progress, is_gone: &|| true };
+    let caller = Caller { progress: &progress, ..Caller::alone(&service) };
     run(&caller, "snapshot-export", export.as_object().unwrap().clone()).unwrap();
     let serve = json!({"name": "a", "disk": "vda", "addr": {"type": "unix", "data": {"path": "/nbd"}}});
     run(&caller, "snapshot-serve", serve.as_object().unwrap().clone()).unwrap();

@@ -11,7 +11,7 @@ use backup::{
     Action, Backups, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServeRequest, ServerOptions, Serving,
     TlsCredentials,
 };
-use block::Result;
+use block::{Result, Stats};
 use control::{DaemonStatus, Service};
 use snapshot::{
     BitmapInfo, BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, ClientId, CommitRequest,
@@ -248,6 +248,10 @@ impl Service for Daemon {
 
     fn disks(&self) -> Vec<DiskStatus> {
         self.manager.disks()
+    }
+
+    fn stats(&self) -> Vec<(String, Stats)> {
+        self.manager.stats()
     }
 
     fn status(&self) -> DaemonStatus {

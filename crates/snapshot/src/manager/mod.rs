@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
-use block::{Closed, Context, Error, ErrorKind, Result, WriteErrors};
+use block::{Closed, Context, Error, ErrorKind, Result, Stats, WriteErrors};
 use hostio::Cache;
 use tracing::warn;
 
@@ -213,6 +213,11 @@ impl Manager {
     /// The disks that are served.
     pub fn disks(&self) -> Vec<DiskStatus> {
         self.disks.values().map(|disk| disk.chain.status(disk.how.cache)).collect()
+    }
+
+    /// What each disk has been asked for since it was opened.
+    pub fn stats(&self) -> Vec<(String, Stats)> {
+        self.disks.iter().map(|(id, disk)| (id.clone(), disk.chain.pulse().stats())).collect()
     }
 
     /// Whether a guest may be frozen that has not confirmed its thaw. Never waits, unlike the guest may.
