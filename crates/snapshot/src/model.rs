@@ -280,6 +280,15 @@ pub enum Event {
         #[serde(skip)]
         client: Option<ClientId>,
     },
+    /// `BLOCK_JOB_READY`, QEMU's: it waits for `job-complete`.
+    JobReady {
+        /// How it stands.
+        #[serde(flatten)]
+        end: Box<JobEnd>,
+        /// Who began it.
+        #[serde(skip)]
+        client: Option<ClientId>,
+    },
     /// `BLOCK_JOB_ERROR`, QEMU's: its I/O failed.
     JobError {
         /// The job's id.
@@ -338,6 +347,7 @@ impl Event {
             Self::Job { .. } => "JOB_STATUS_CHANGE",
             Self::JobCompleted { .. } => "BLOCK_JOB_COMPLETED",
             Self::JobCancelled { .. } => "BLOCK_JOB_CANCELLED",
+            Self::JobReady { .. } => "BLOCK_JOB_READY",
             Self::JobError { .. } => "BLOCK_JOB_ERROR",
             Self::JobPending { .. } => "BLOCK_JOB_PENDING",
             Self::ExportDeleted { .. } => "BLOCK_EXPORT_DELETED",
@@ -353,6 +363,7 @@ impl Event {
         match self {
             Self::JobCompleted { client, .. }
             | Self::JobCancelled { client, .. }
+            | Self::JobReady { client, .. }
             | Self::JobError { client, .. }
             | Self::JobPending { client, .. } => *client,
             _ => None,

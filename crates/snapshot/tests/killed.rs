@@ -58,7 +58,13 @@ impl Way {
             Self::Commit => {
                 let base_node = Some(nodes[1].node_name.clone());
                 manager
-                    .commit(CommitRequest { device, base_node, options, ..CommitRequest::default() })
+                    .commit(CommitRequest {
+                        device,
+                        base_node,
+                        options,
+                        auto_complete: true,
+                        ..CommitRequest::default()
+                    })
                     .unwrap()
             }
             Self::Stream => {

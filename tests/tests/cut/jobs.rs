@@ -184,8 +184,10 @@ fn commits_and_streams_killed_go_on() {
     for (turn, pause) in [0, 30, 80, 130, 200, 300].into_iter().enumerate() {
         let nodes = drill.served.ask("query-named-block-nodes", json!({}));
         let lowest = |height: usize| nodes[nodes.as_array().unwrap().len() - 1 - height]["node-name"].clone();
-        let (command, base) = [("block-commit", lowest(1)), ("block-stream", lowest(0))][turn % 2].clone();
-        let arguments = json!({ "device": "vd0", "base-node": base });
+        let (command, arguments) = match turn % 2 {
+            0 => ("block-commit", json!({ "device": "vd0", "base-node": lowest(1), "auto-complete": true })),
+            _ => ("block-stream", json!({ "device": "vd0", "base-node": lowest(0) })),
+        };
         went_on += usize::from(drill.kill_in(command, arguments, Duration::from_millis(pause)));
     }
     assert!(went_on > 2, "hardly a job was killed in its midst");

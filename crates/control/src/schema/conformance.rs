@@ -258,6 +258,7 @@ fn plain_events(record: SnapshotRecord) -> Vec<Event> {
         Event::Expired { name: name(), disk: "vda".into(), reason: "too many".into() },
         Event::JobCompleted { end: Box::new(end(Some("no room"))), client: Some(1) },
         Event::JobCancelled { end: Box::new(end(None)), client: None },
+        Event::JobReady { end: Box::new(end(None)), client: Some(1) },
         Event::JobError {
             device: name(),
             operation: IoOperation::Read,
@@ -295,6 +296,8 @@ fn the_events_and_their_data_are_the_documented_ones() {
         JobStatus::Created,
         JobStatus::Running,
         JobStatus::Paused,
+        JobStatus::Ready,
+        JobStatus::Standby,
         JobStatus::Waiting,
         JobStatus::Pending,
         JobStatus::Aborting,
@@ -311,7 +314,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
             Event::Stall { .. } | Event::ThawOwed { .. } | Event::ThawConfirmed { .. } => {}
             Event::SpaceLow { .. } | Event::IoError { .. } | Event::Job { .. } | Event::Expired { .. } => {}
             Event::JobCompleted { .. } | Event::JobCancelled { .. } | Event::JobError { .. } => {}
-            Event::JobPending { .. } | Event::ExportDeleted { .. } => {}
+            Event::JobReady { .. } | Event::JobPending { .. } | Event::ExportDeleted { .. } => {}
             Event::Stopped {} | Event::Resumed {} => {}
         }
         seen.insert(event.name().to_owned(), ());

@@ -24,7 +24,9 @@ pub(crate) fn chain(command: Chain) -> Result<(), Failure> {
         Chain::Commit { disk, base, top, job, place } => {
             let ((base, base_node), (top, top_node)) = (layer(base), layer(top));
             let options = options(&job);
-            let request = CommitRequest { device: disk, base, base_node, top, top_node, options };
+            let device = disk;
+            let request =
+                CommitRequest { device, base, base_node, top, top_node, auto_complete: true, options };
             let mut via = Via::open(&place)?;
             let id = via.commit(request)?;
             follow(&mut via, &id, &job, "committed")

@@ -55,7 +55,12 @@ pub(crate) fn job(command: Job) -> Result<(), Failure> {
 
 /// What the daemon is told of a job. One that is waited for is dismissed by whoever waits, who has seen how it ended.
 pub(super) fn options(flags: &JobFlags) -> JobOptions {
-    JobOptions { job_id: flags.job_id.clone(), speed: flags.speed, auto_dismiss: flags.no_wait, client: None }
+    JobOptions {
+        job_id: flags.job_id.clone(),
+        speed: flags.speed,
+        auto_dismiss: flags.no_wait,
+        ..JobOptions::default()
+    }
 }
 
 /// Waits for a job that was just begun, or only says that it was; `done` is what to say at its end.

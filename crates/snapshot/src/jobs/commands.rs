@@ -28,10 +28,12 @@ impl Manager {
             let layers = self.layers_of(&manifest, &disk)?;
             let top = layer(&disk, layers, request.top.as_deref(), request.top_node.as_deref())?;
             let base = layer(&disk, layers, request.base.as_deref(), request.base_node.as_deref())?;
-            let top = top.or(layers.last()).map(|top| top.number);
+            let active = layers.last();
+            let by_hand = !request.auto_complete && (top.is_none() || top == active);
+            let top = top.or(active).map(|top| top.number);
             let base = base.or(layers.first()).map(|base| base.number);
             let (base, top) = base.zip(top).ok_or_else(|| no_layer(&disk, ""))?;
-            Task::Commit { disk, base, top }
+            Task::Commit { disk, base, top, by_hand }
         };
         self.jobs.begin(task, request.options, &usual, false)
     }

@@ -107,7 +107,7 @@ impl Job {
             paused: state.machine.is_paused(),
             speed: state.limit.speed(),
             io_status: IoStatus::Ok,
-            ready: false,
+            ready: matches!(status, JobStatus::Ready | JobStatus::Standby),
             status,
             auto_finalize: identity.auto_finalize,
             auto_dismiss: identity.auto_dismiss,
@@ -167,23 +167,45 @@ impl Job {
         self.go(JobStatus::Concluded)
     }
 
+    /// How it stands, for who began it.
+    fn end(&self) -> Option<JobEnd> {
+        let BlockJobInfo { r#type, device, len, offset, speed, error, .. } = self.block_info()?;
+        Some(JobEnd { r#type, device, len, offset, speed, error })
+    }
+
     /// As in QEMU, before the status changes.
     fn tell_end(&self) {
-        let Some(info) = self.block_info() else { return };
-        let cancelled = self.state().machine.is_cancelled();
-        let end = Box::new(JobEnd {
-            r#type: info.r#type,
-            device: info.device,
-            len: info.len,
-            offset: info.offset,
-            speed: info.speed,
-            error: info.error.filter(|_| !cancelled),
-        });
-        let client = self.identity.client;
+        let Some(mut end) = self.end().map(Box::new) else { return };
+        let (cancelled, client) = (self.state().machine.is_cancelled(), self.identity.client);
+        end.error = end.error.filter(|_| !cancelled);
         self.events.emit(match cancelled {
             true => Event::JobCancelled { end, client },
             false => Event::JobCompleted { end, client },
         });
+    }
+
+    /// All is copied. Waits until a client completes the job.
+    pub(crate) fn ready_point(&self) -> std::result::Result<(), Halt> {
+        self.go(JobStatus::Ready)?;
+        if let Some(end) = self.end() {
+            self.events.emit(Event::JobReady { end: Box::new(end), client: self.identity.client });
+        }
+        let mut state = self.state();
+        loop {
+            match (state.stopped, state.machine.wish()) {
+                (true, _) => return Err(Halt::Stopped),
+                (_, Wish::Rest) => self.switch(&mut state, JobStatus::Ready, JobStatus::Standby)?,
+                (_, wish) => {
+                    self.switch(&mut state, JobStatus::Standby, JobStatus::Ready)?;
+                    match (wish, state.machine.is_completed()) {
+                        (Wish::GiveUp, _) => return Err(Halt::Cancelled),
+                        (_, true) => return Ok(()),
+                        _ => {}
+                    }
+                }
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// All is done but what can not be undone. Waits until somebody finalizes the job, if it does not do so itself.

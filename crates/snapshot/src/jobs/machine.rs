@@ -1,19 +1,25 @@
 //! What a job may become, and what may be asked of it: two tables, after QEMU's `job.c` (`JobSTT`, `JobVerbTable`).
 //!
 //! ```text
-//!   created ──▶ running ──▶ waiting ──▶ pending ──▶ concluded ──▶ null
-//!      │        │  ▲ │         │           │            ▲
-//!      │        ▼  │ └────┬────┴───────────┘            │
-//!      │       paused     ▼                             │
-//!      └─────────────▶ aborting ────────────────────────┘
+//!                         standby
+//!                          ▲  │
+//!                          │  ▼
+//!                     ┌──▶ ready ──┐
+//!   created ──▶ running ───────────┴▶ waiting ──▶ pending ──▶ concluded ──▶ null
+//!      │        │  ▲ │                   │           │            ▲
+//!      │        ▼  │ └────┬──────────────┴───────────┘            │
+//!      │       paused     ▼                                       │
+//!      └─────────────▶ aborting ──────────────────────────────────┘
 //! ```
-//! QEMU's *ready* and *standby* are missing: a job that merges the active layer pivots first, so there is nothing that
-//! grows while it runs and nothing to complete by hand. *Waiting* is for a cut that is under way. *Pending* is the last
-//! step, which nobody can call off once it has been finalized, by a client or of itself.
+//! *Ready* is a commit of the active layer that a client completes by hand, as in QEMU; nothing grows meanwhile, for the
+//! job has pivoted first. *Waiting* is for a cut that is under way. *Pending* is the last step, which nobody can call off
+//! once it has been finalized, by a client or of itself.
 
 use block::{Error, ErrorKind, Result};
 
-use super::JobStatus::{self, Aborting, Concluded, Created, Null, Paused, Pending, Running, Waiting};
+use super::JobStatus::{
+    self, Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby, Waiting,
+};
 
 /// What a client may ask of a job.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -26,7 +32,7 @@ pub enum Verb {
     SetSpeed,
     /// To give up.
     Cancel,
-    /// To end its copying by hand: always refused, no job here grows while it runs.
+    /// To switch over, when it is ready.
     Complete,
     /// To do its last step.
     Finalize,
@@ -51,8 +57,10 @@ impl Verb {
 /// Which statuses may follow which.
 const FOLLOWS: &[(JobStatus, &[JobStatus])] = &[
     (Created, &[Running, Aborting, Null]),
-    (Running, &[Paused, Waiting, Aborting]),
+    (Running, &[Paused, Ready, Waiting, Aborting]),
     (Paused, &[Running]),
+    (Ready, &[Standby, Waiting, Aborting]),
+    (Standby, &[Ready]),
     (Waiting, &[Pending, Aborting]),
     (Pending, &[Concluded, Aborting]),
     (Aborting, &[Concluded]),
@@ -62,11 +70,11 @@ const FOLLOWS: &[(JobStatus, &[JobStatus])] = &[
 
 /// In which statuses what may be asked.
 const ALLOWED: &[(Verb, &[JobStatus])] = &[
-    (Verb::Pause, &[Created, Running, Paused]),
-    (Verb::Resume, &[Created, Running, Paused]),
-    (Verb::SetSpeed, &[Created, Running, Paused]),
-    (Verb::Cancel, &[Created, Running, Paused, Waiting, Pending]),
-    (Verb::Complete, &[]),
+    (Verb::Pause, &[Created, Running, Paused, Ready, Standby]),
+    (Verb::Resume, &[Created, Running, Paused, Ready, Standby]),
+    (Verb::SetSpeed, &[Created, Running, Paused, Ready, Standby]),
+    (Verb::Cancel, &[Created, Running, Paused, Ready, Standby, Waiting, Pending]),
+    (Verb::Complete, &[Ready]),
     (Verb::Finalize, &[Pending]),
     (Verb::Dismiss, &[Concluded]),
 ];
@@ -85,13 +93,14 @@ pub(crate) struct Machine {
     status: JobStatus,
     paused: bool,
     cancelled: bool,
+    completed: bool,
     finalized: bool,
 }
 
 impl Machine {
     /// A job that was just made; `paused` if it was when its daemon ended. If `finalized`, its last step needs nobody.
     pub(crate) fn new(paused: bool, finalized: bool) -> Self {
-        Self { status: Created, paused, cancelled: false, finalized }
+        Self { status: Created, paused, cancelled: false, completed: false, finalized }
     }
 
     pub(crate) fn status(&self) -> JobStatus {
@@ -101,6 +110,11 @@ impl Machine {
     /// Whether somebody has asked it to pause, and nobody since to resume.
     pub(crate) fn is_paused(&self) -> bool {
         self.paused
+    }
+
+    /// Whether somebody has asked it to switch over.
+    pub(crate) fn is_completed(&self) -> bool {
+        self.completed
     }
 
     /// Whether its last step may be done.
@@ -131,7 +145,8 @@ impl Machine {
             Verb::Resume => self.paused = false,
             Verb::Cancel => self.cancelled = true,
             Verb::Finalize => self.finalized = true,
-            Verb::SetSpeed | Verb::Complete | Verb::Dismiss => {}
+            Verb::Complete => self.completed = true,
+            Verb::SetSpeed | Verb::Dismiss => {}
         }
         Ok(())
     }
@@ -160,7 +175,8 @@ impl Machine {
 mod tests {
     use super::*;
 
-    const ALL: [JobStatus; 8] = [Created, Running, Paused, Waiting, Pending, Aborting, Concluded, Null];
+    const ALL: [JobStatus; 10] =
+        [Created, Running, Paused, Ready, Standby, Waiting, Pending, Aborting, Concluded, Null];
     const VERBS: [Verb; 7] = [
         Verb::Pause,
         Verb::Resume,
@@ -172,16 +188,18 @@ mod tests {
     ];
 
     fn in_status(status: JobStatus) -> Machine {
-        Machine { status, paused: false, cancelled: false, finalized: true }
+        Machine { finalized: true, status, ..Machine::new(false, true) }
     }
 
-    /// `JobSTT` of QEMU 10.0, `job.c`, without the rows and columns of *undefined*, *ready* and *standby*.
+    /// `JobSTT` of QEMU 10.0, `job.c`, without the row and column of *undefined*.
     #[test]
     fn every_step_is_one_of_qemus() {
         let qemu = [
             (Created, &[Running, Aborting, Null][..]),
-            (Running, &[Paused, Waiting, Aborting]),
+            (Running, &[Paused, Ready, Waiting, Aborting]),
             (Paused, &[Running]),
+            (Ready, &[Standby, Waiting, Aborting]),
+            (Standby, &[Ready]),
             (Waiting, &[Pending, Aborting]),
             (Pending, &[Aborting, Concluded]),
             (Aborting, &[Aborting, Concluded]),

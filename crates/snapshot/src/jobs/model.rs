@@ -32,6 +32,10 @@ pub enum JobStatus {
     Running,
     /// Resting until it is told to go on.
     Paused,
+    /// All is copied; it waits to be completed by hand.
+    Ready,
+    /// The same, and it rests.
+    Standby,
     /// All is copied; it waits for a snapshot under way, or for a program that reads one of its images.
     Waiting,
     /// Switching the chains over.
@@ -50,6 +54,8 @@ impl JobStatus {
             Self::Created => "created",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Ready => "ready",
+            Self::Standby => "standby",
             Self::Waiting => "waiting",
             Self::Pending => "pending",
             Self::Aborting => "aborting",
@@ -98,7 +104,7 @@ pub struct BlockJobInfo {
     pub speed: u64,
     /// Always ok: a job whose I/O fails ends or pauses.
     pub io_status: IoStatus,
-    /// Always false: there is nothing to complete by hand.
+    /// Whether it waits to be completed by hand.
     pub ready: bool,
     /// Where it is.
     pub status: JobStatus,
@@ -111,7 +117,7 @@ pub struct BlockJobInfo {
     pub error: Option<String>,
 }
 
-/// How a job ended: the data of QEMU's `BLOCK_JOB_COMPLETED` and `BLOCK_JOB_CANCELLED`.
+/// How a job ended, or stands: the data of QEMU's `BLOCK_JOB_COMPLETED`, `BLOCK_JOB_CANCELLED` and `BLOCK_JOB_READY`.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct JobEnd {
     /// What it did.
@@ -139,6 +145,9 @@ pub struct JobOptions {
     /// Bytes a second to copy at most; 0 for no limit.
     #[serde(default)]
     pub speed: u64,
+    /// Whether its last step needs nobody.
+    #[serde(default = "yes")]
+    pub auto_finalize: bool,
     /// Whether it goes from the list by itself when it has concluded.
     #[serde(default = "yes")]
     pub auto_dismiss: bool,
@@ -153,7 +162,7 @@ fn yes() -> bool {
 
 impl Default for JobOptions {
     fn default() -> Self {
-        Self { job_id: None, speed: 0, auto_dismiss: true, client: None }
+        Self { job_id: None, speed: 0, auto_finalize: true, auto_dismiss: true, client: None }
     }
 }
 
@@ -175,6 +184,10 @@ pub struct CommitRequest {
     /// The same by its node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_node: Option<String>,
+    /// Whether the job switches over by itself where `top` is the active layer. QEMU's never does: it becomes ready, and
+    /// waits for `job-complete`.
+    #[serde(default)]
+    pub auto_complete: bool,
     /// The rest.
     #[serde(flatten)]
     pub options: JobOptions,

@@ -23,7 +23,7 @@ pub(crate) struct Segment {
 /// What a task takes of each disk, as the chains are now. Disks of which nothing has to be merged are not listed.
 pub(crate) fn plan(manifest: &Manifest, task: &Task) -> Result<Vec<Segment>> {
     match task {
-        Task::Commit { disk, base, top } => {
+        Task::Commit { disk, base, top, .. } => {
             let bottom = index_of(manifest, disk, *base)?;
             let segment = segment(manifest, disk, bottom, index_of(manifest, disk, *top)?, &[])?;
             Ok(vec![Segment { direction: Some(Direction::Down), ..segment }])

@@ -12,6 +12,8 @@ pub(crate) struct JobRecord {
     pub(crate) task: Task,
     /// Nobody asked for it but Frazil itself.
     pub(crate) automatic: bool,
+    #[serde(default = "yes")]
+    pub(crate) auto_finalize: bool,
     pub(crate) auto_dismiss: bool,
     pub(crate) speed: u64,
     pub(crate) paused: bool,
@@ -24,14 +26,24 @@ pub(crate) struct JobRecord {
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", deny_unknown_fields)]
 pub(crate) enum Task {
-    /// Merge the layers above `base`, up to `top`, down into `base`.
-    Commit { disk: String, base: u32, top: u32 },
+    /// Merge the layers above `base`, up to `top`, down into `base`; if `by_hand`, once a client completes it.
+    Commit {
+        disk: String,
+        base: u32,
+        top: u32,
+        #[serde(default)]
+        by_hand: bool,
+    },
     /// Pull the layers above `base`, or all if there is none, up into `top`.
     Stream { disk: String, base: Option<u32>, top: u32 },
     /// Merge the layers from `lowest` to `highest` whichever way copies less.
     Merge { disk: String, lowest: u32, highest: u32 },
     /// Delete a snapshot, of all its disks.
     Delete { snapshot: String },
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl JobRecord {

@@ -101,6 +101,7 @@ impl Jobs {
             id: id.clone(),
             task,
             automatic,
+            auto_finalize: options.auto_finalize,
             auto_dismiss: options.auto_dismiss,
             speed: options.speed,
             paused: false,
@@ -254,7 +255,7 @@ impl Inner {
             id: record.id.clone(),
             kind: record.task.kind(),
             automatic: record.automatic,
-            auto_finalize: true,
+            auto_finalize: record.auto_finalize,
             auto_dismiss: record.auto_dismiss,
             client,
         };

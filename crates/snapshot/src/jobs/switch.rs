@@ -67,9 +67,16 @@ impl Work<'_> {
 
     /// Switches all parts at once.
     pub(super) fn switch(&self, parts: &[Part]) -> Done<()> {
-        self.job.go(JobStatus::Waiting)?;
+        let by_itself = self.job.identity.auto_finalize;
+        match by_itself {
+            true => self.job.go(JobStatus::Waiting)?,
+            // Whoever is to say so may take long: nobody is held up meanwhile.
+            false => self.job.finalize_point()?,
+        }
         let Turn { exclusive, closed, renames } = self.wait_for_turn(parts)?;
-        self.job.go(JobStatus::Pending)?;
+        if by_itself {
+            self.job.go(JobStatus::Pending)?;
+        }
         renames.iter().try_for_each(|rename| self.rename(rename))?;
         drop(renames);
         self.commit_manifest(parts)?;

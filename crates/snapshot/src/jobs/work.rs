@@ -130,6 +130,9 @@ impl<'a> Work<'a> {
         for index in 0..parts.len() {
             self.copy(parts, index)?;
         }
+        if matches!(self.task, Task::Commit { by_hand: true, .. }) {
+            self.job.ready_point()?;
+        }
         self.switch(parts)
     }
 

@@ -16,7 +16,13 @@ fn layers_that_hold_snapshots_are_not_merged_away() {
     let commit = |base: &str, top: &str| {
         let [base_node, top_node] = [base, top].map(|node| Some(node.to_owned()));
         let device = "vda".to_owned();
-        manager.commit(CommitRequest { device, base_node, top_node, ..CommitRequest::default() })
+        manager.commit(CommitRequest {
+            device,
+            base_node,
+            top_node,
+            auto_complete: true,
+            ..CommitRequest::default()
+        })
     };
     let error = commit("vda.0", "vda.2").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
@@ -107,7 +113,9 @@ fn a_layer_that_grew_for_a_job_that_was_called_off_is_merged_later() {
         stamp(&manager, "vda", 0, 1);
         let commit = |manager: &Manager, speed| {
             let (device, options) = ("vda".to_owned(), JobOptions { speed, ..kept() });
-            manager.commit(CommitRequest { device, options, ..CommitRequest::default() }).unwrap()
+            manager
+                .commit(CommitRequest { device, options, auto_complete: true, ..CommitRequest::default() })
+                .unwrap()
         };
         (0..8).for_each(|place| stamp(&manager, "vda", place << 20, 2));
         snapshot(&manager, "one");

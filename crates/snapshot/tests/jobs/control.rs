@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use block::ErrorKind;
-use snapshot::{Event, JobStatus, JobVerb};
+use snapshot::{CommitRequest, Event, JobOptions, JobStatus, JobVerb, Manager};
 
-use super::bench::{delete, finish};
-use super::{begin_delete, chain_of, content, nodes, wait_for};
+use super::bench::{Bench, chain, delete, finish, snapshot, stamp};
+use super::{begin_delete, chain_of, content, kept, nodes, wait_for};
 
 #[test]
 fn a_job_can_be_paused_slowed_resumed_and_told_of() {
@@ -91,4 +91,75 @@ fn jobs_of_one_disk_take_turns() {
     finish(&manager, &first).unwrap();
     finish(&manager, &second).unwrap();
     assert_eq!(manager.list().len(), 2);
+}
+
+/// A disk that a guest writes to an overlay, with no snapshot.
+fn on_an_overlay() -> (Bench, Manager) {
+    let (bench, manager) = chain_of(1);
+    chain(&manager, "vda").set_connected(true);
+    delete(&manager, "s0").unwrap();
+    stamp(&manager, "vda", 0, 9);
+    (bench, manager)
+}
+
+/// Of all that it has.
+fn begin_commit(manager: &Manager, options: JobOptions) -> String {
+    let device = "vda".to_owned();
+    manager.commit(CommitRequest { device, options, ..CommitRequest::default() }).unwrap()
+}
+
+#[test]
+fn a_commit_of_the_active_layer_is_ready_until_a_client_completes_it() {
+    let (_bench, manager) = on_an_overlay();
+    let (before, events) = (content(&manager), manager.subscribe());
+    let id = begin_commit(&manager, kept());
+    wait_for(&manager, &id, JobStatus::Ready);
+    assert!(manager.block_jobs()[0].ready);
+    let is_it = |event: &Event| matches!(event, Event::JobReady { end, .. } if end.device == id && end.len == end.offset);
+    assert_eq!(events.try_iter().filter(is_it).count(), 1);
+    manager.ask_job(&id, JobVerb::Pause).unwrap();
+    wait_for(&manager, &id, JobStatus::Standby);
+    let words = format!("Job '{id}' in state 'standby' cannot accept command verb 'complete'");
+    assert_eq!(manager.ask_job(&id, JobVerb::Complete).unwrap_err().to_string(), words);
+    manager.ask_job(&id, JobVerb::Resume).unwrap();
+    wait_for(&manager, &id, JobStatus::Ready);
+    let at_rest = nodes(&manager);
+    manager.ask_job(&id, JobVerb::Complete).unwrap();
+    finish(&manager, &id).unwrap();
+    assert!(nodes(&manager).len() < at_rest.len());
+    assert!(content(&manager) == before);
+}
+
+#[test]
+fn a_commit_that_is_ready_is_so_again_after_a_restart_and_can_be_called_off() {
+    let (bench, manager) = on_an_overlay();
+    let before = content(&manager);
+    let id = begin_commit(&manager, kept());
+    wait_for(&manager, &id, JobStatus::Ready);
+    drop(manager);
+    let manager = bench.open();
+    wait_for(&manager, &id, JobStatus::Ready);
+    // Others' cuts do not wait for whoever is to complete it.
+    snapshot(&manager, "meanwhile");
+    stamp(&manager, "vda", 4096, 8);
+    manager.ask_job(&id, JobVerb::Cancel).unwrap();
+    assert_eq!(finish(&manager, &id).unwrap_err(), "it was cancelled");
+    assert_eq!(content(&manager)[..4096], before[..4096]);
+    assert!(bench.export(&manager, "meanwhile", "vda") == before);
+}
+
+#[test]
+fn a_job_that_is_finalized_by_hand_holds_nobody_up() {
+    let (bench, manager) = on_an_overlay();
+    let (before, events) = (content(&manager), manager.subscribe());
+    let id = begin_commit(&manager, JobOptions { auto_finalize: false, ..kept() });
+    wait_for(&manager, &id, JobStatus::Ready);
+    manager.ask_job(&id, JobVerb::Complete).unwrap();
+    wait_for(&manager, &id, JobStatus::Pending);
+    assert!(events.try_iter().any(|event| matches!(event, Event::JobPending { .. })));
+    snapshot(&manager, "meanwhile");
+    manager.ask_job(&id, JobVerb::Finalize).unwrap();
+    finish(&manager, &id).unwrap();
+    assert!(content(&manager) == before);
+    assert!(bench.export(&manager, "meanwhile", "vda") == before);
 }

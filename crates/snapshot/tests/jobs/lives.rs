@@ -54,8 +54,14 @@ fn merge(manager: &Manager, names: &[String], dice: &mut Random) -> Option<(usiz
         0 => {
             let [base_node, top_node] = [low, high].map(|at| Some(nodes[at].clone()));
             let device = "vda".to_owned();
-            let request =
-                CommitRequest { device, base_node, top_node, options: kept(), ..CommitRequest::default() };
+            let request = CommitRequest {
+                device,
+                base_node,
+                top_node,
+                auto_complete: true,
+                options: kept(),
+                ..CommitRequest::default()
+            };
             manager.commit(request).ok().map(|id| (kind, id, None))
         }
         1 => {

@@ -182,6 +182,7 @@ impl Life {
                 base_node: Some(nodes[low].clone()),
                 top: None,
                 top_node: Some(nodes[high].clone()),
+                auto_complete: true,
                 options,
             }),
             _ => self.manager().stream(StreamRequest {
