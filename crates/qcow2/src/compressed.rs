@@ -1,13 +1,13 @@
-//! Compressed clusters: where one's bytes are, and what they say. Pure, nothing here does I/O.
+//! Compressed clusters: where one's bytes are, what they say, and how they are made. Pure, nothing here does I/O.
 
 use block::{Error, ErrorKind, Result};
-use flate2::{Decompress, FlushDecompress, Status};
+use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 
-use crate::entry::Geometry;
+use crate::entry::{COMPRESSED, Geometry};
 
 /// How an image's compressed clusters are compressed: all of them alike.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(crate) enum Compression {
+pub enum Compression {
     /// Raw deflate without a header (QEMU calls it `zlib`, and writes it with a window of 4 KiB).
     #[default]
     Deflate,
@@ -17,6 +17,9 @@ pub(crate) enum Compression {
 
 /// The unit in which a descriptor gives the length, in bytes.
 const SECTOR: u64 = 512;
+
+/// Log2 of deflate's window in bytes: QEMU decompresses with no larger one.
+const WINDOW_BITS: u8 = 12;
 
 /// Where a compressed cluster's bytes are in the image file: aligned to nothing at its start, and up to the end of a
 /// sector. What follows the compressed data in its last sector may belong to another cluster.
@@ -43,6 +46,14 @@ impl Packed {
             return Err(corrupt("a compressed cluster's offset has reserved bits set"));
         }
         Ok(Self { offset, len: (more_sectors + 1) * SECTOR - offset % SECTOR })
+    }
+
+    /// The descriptor of `len` bytes at `offset`, fewer than a cluster has, as an L2 entry's word. `None` if no word can say
+    /// where they are.
+    pub(crate) fn encode(geometry: Geometry, offset: u64, len: u64) -> Option<u64> {
+        let split = 62 - (geometry.cluster_bits - 8);
+        let more_sectors = (offset + len - 1) / SECTOR - offset / SECTOR;
+        (offset >> split.min(56) == 0).then_some(COMPRESSED | more_sectors << split | offset)
     }
 
     /// The first host cluster that holds some of its bytes, and how many do: each counts one reference.
@@ -93,6 +104,23 @@ fn unzstd(packed: &[u8], out: &mut [u8]) -> Result<()> {
         Ok(_) => Err(short()),
         Err(code) => Err(corrupt(format!("a compressed cluster: {}", zstd_safe::get_error_name(code)))),
     }
+}
+
+/// Compresses a whole cluster. `None` if that makes it no smaller.
+pub(crate) fn compress(compression: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
+    // Room for one byte less: what does not fit is not smaller.
+    let mut out = vec![0; cluster.len().checked_sub(1)?];
+    let len = match compression {
+        Compression::Deflate => {
+            let mut stream =
+                Compress::new_with_window_bits(flate2::Compression::default(), false, WINDOW_BITS);
+            let status = stream.compress(cluster, &mut out, FlushCompress::Finish).ok()?;
+            (status == Status::StreamEnd).then_some(stream.total_out() as usize)?
+        }
+        Compression::Zstd => zstd_safe::compress(&mut out[..], cluster, zstd_safe::CLEVEL_DEFAULT).ok()?,
+    };
+    out.truncate(len);
+    Some(out)
 }
 
 fn grows() -> Error {

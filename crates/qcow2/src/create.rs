@@ -2,9 +2,10 @@
 
 use block::{Context, Error, ErrorKind, Result, Storage};
 
+use crate::compressed::Compression;
 use crate::entry::HostOffset;
 use crate::extensions::BACKING_FORMAT;
-use crate::header::{Header, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
+use crate::header::{COMPATIBLE_LAZY_REFCOUNTS, Header, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES};
 use crate::header_update::check_backing;
 
 /// What a new image is to be.
@@ -18,12 +19,22 @@ pub struct CreateOptions {
     pub extended_l2: bool,
     /// The backing file's name as the header is to have it, and its format (`raw` or `qcow2`).
     pub backing: Option<(String, String)>,
+    /// How clusters that are compressed are.
+    pub compression: Compression,
+    /// Whether whoever writes it may count clusters late; Frazil does not.
+    pub lazy_refcounts: bool,
 }
 
 impl CreateOptions {
     /// An overlay as Frazil makes them: 128 KiB clusters of 32 subclusters, so that a write of 4 KiB copies nothing.
     pub fn overlay(capacity: u64, backing: Option<(String, String)>) -> Self {
-        Self { capacity, cluster_bits: 17, extended_l2: true, backing }
+        Self { backing, ..Self::new(capacity, 17, true) }
+    }
+
+    /// An image with nothing beneath.
+    pub fn new(capacity: u64, cluster_bits: u32, extended_l2: bool) -> Self {
+        let (backing, compression) = (None, Compression::Deflate);
+        Self { capacity, cluster_bits, extended_l2, backing, compression, lazy_refcounts: false }
     }
 }
 
@@ -67,6 +78,10 @@ fn invalid(what: impl Into<String>) -> Error {
 /// The header of the new image, and the clusters that its tables take: header, refcount table, refcount blocks, L1.
 fn lay_out(options: &CreateOptions) -> Result<(Header, u64)> {
     let mut header = Header::new(options.capacity, options.cluster_bits, options.extended_l2);
+    header.compress_with(options.compression);
+    if options.lazy_refcounts {
+        header.compatible |= COMPATIBLE_LAZY_REFCOUNTS;
+    }
     if let Some((name, format)) = &options.backing {
         header.backing_file = Some(name.clone());
         header.extensions = header.extensions.with(BACKING_FORMAT, Some(format.as_bytes()));

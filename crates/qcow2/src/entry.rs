@@ -19,7 +19,7 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// "Bit 63: set if the refcount of this cluster is exactly one": it may be written in place.
 pub(crate) const COPIED: u64 = 1 << 63;
 /// "Bit 62: set for compressed clusters."
-const COMPRESSED: u64 = 1 << 62;
+pub(crate) const COMPRESSED: u64 = 1 << 62;
 /// In standard entries, "bit 0: if set, the cluster reads as all zeroes".
 const ALL_ZEROES: u64 = 1;
 

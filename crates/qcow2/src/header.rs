@@ -26,6 +26,8 @@ const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 
 /// Autoclear: "consistency for the bitmaps extension data".
 pub(crate) const AUTOCLEAR_BITMAPS: u64 = 1;
+/// "Lazy refcounts bit."
+pub(crate) const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1;
 const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
 
 /// "Length of the backing file name in bytes. Must not be longer than 1023 bytes."
@@ -132,6 +134,15 @@ impl Header {
             extensions: Extensions::default(),
             extensions_end: 0,
             name_at: 0,
+        }
+    }
+
+    /// Says how compressed clusters are compressed, of an image that has none yet.
+    pub(crate) fn compress_with(&mut self, compression: Compression) {
+        self.compression = compression;
+        if compression == Compression::Zstd {
+            self.incompatible |= INCOMPATIBLE_COMPRESSION;
+            self.optional_fields = vec![1, 0, 0, 0, 0, 0, 0, 0];
         }
     }
 

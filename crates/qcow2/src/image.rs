@@ -16,6 +16,7 @@ use crate::flush::{Flushes, ImageFlush};
 use crate::journal::Journal;
 use crate::mapping::Mapping;
 use crate::metadata::Metadata;
+use crate::pack::{Packer, Packing};
 use crate::packed::PackedCache;
 use crate::pending::Claims;
 use crate::publish::{Change, Freed};
@@ -87,6 +88,8 @@ pub(crate) struct Writer {
     pub(crate) failed: AtomicBool,
     /// Those that the image carries: whatever is written is marked in them before it is acknowledged.
     pub(crate) bitmaps: Option<Bitmaps>,
+    /// Held by who writes a compressed cluster; before the lock of writes.
+    pub(crate) packer: Mutex<Packer>,
     /// Held by who makes the disk larger.
     pub(crate) growing: Mutex<()>,
     /// Whether freed clusters keep their bytes.
@@ -104,6 +107,7 @@ pub(crate) struct Core {
     pub(crate) dirty: BTreeMap<GuestCluster, Change>,
     /// What entries named before they changed.
     pub(crate) freed: Vec<Freed>,
+    pub(crate) packing: Packing,
     /// The entries that a flush has taken and not yet made durable.
     pub(crate) batch: Arc<BTreeMap<GuestCluster, Entry>>,
     /// How many flushes have made their batch durable.

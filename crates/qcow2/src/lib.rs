@@ -64,6 +64,7 @@ mod journal;
 mod mapping;
 mod metadata;
 mod open;
+mod pack;
 mod packed;
 mod pending;
 mod publish;
@@ -80,6 +81,7 @@ mod write;
 mod zero;
 
 pub use check::{Report, check};
+pub use compressed::Compression;
 pub use create::{CreateOptions, create};
 pub use header::Header;
 pub use header_update::set_backing;

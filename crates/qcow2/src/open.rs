@@ -18,6 +18,7 @@ use crate::image::{Core, Image, Inner, Mode, Parts, Writer};
 use crate::journal::Journal;
 use crate::mapping::Mapping;
 use crate::metadata::Metadata;
+use crate::pack::{Packer, Packing};
 use crate::packed::PackedCache;
 use crate::pending::Claims;
 use crate::refcounts::Refcounts;
@@ -123,6 +124,7 @@ fn open_writable(
         metadata,
         dirty: BTreeMap::new(),
         freed: Vec::new(),
+        packing: Packing::default(),
         batch: Arc::default(),
         settled: 0,
     };
@@ -132,6 +134,7 @@ fn open_writable(
         sealed: AtomicBool::new(false),
         failed: AtomicBool::new(false),
         bitmaps,
+        packer: Mutex::new(Packer::new(header.refcount_width())),
         growing: Mutex::new(()),
         keeps_freed,
     };

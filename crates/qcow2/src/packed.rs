@@ -1,4 +1,4 @@
-//! Compressed clusters: read whole, unpacked, and the last few kept.
+//! Reading compressed clusters: whole, unpacked, and the last few kept.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,8 +12,8 @@ use crate::image::Inner;
 /// Unpacked bytes that are kept, at most; of large clusters two.
 const ROOM: usize = 2 << 20;
 
-/// The clusters unpacked last, by the word that says where they are in the file. Nothing is ever compressed anew, so
-/// what a word says stays true as long as an entry has it.
+/// The clusters unpacked last, by the word that says where they are in the file. What a word says stays true as long as an
+/// entry has it, or somebody who looked it up; who writes something else there has it [forgotten](Self::forget).
 #[derive(Debug)]
 pub(crate) struct PackedCache {
     compression: Compression,
@@ -23,6 +23,15 @@ pub(crate) struct PackedCache {
 impl PackedCache {
     pub(crate) fn new(compression: Compression) -> Self {
         Self { compression, recent: Mutex::default() }
+    }
+
+    pub(crate) fn compression(&self) -> Compression {
+        self.compression
+    }
+
+    /// Forgets what was at this place. The room has been used again, so all are gone who unpacked it for an earlier entry.
+    pub(crate) fn forget(&self, word: u64) {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner).retain(|(kept, _)| *kept != word);
     }
 
     fn find(&self, word: u64) -> Option<Arc<[u8]>> {

@@ -18,7 +18,8 @@ pub(crate) struct Step {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Change {
     pub(crate) entry: Entry,
-    /// Whether its host cluster was taken for it, and no flush has counted it.
+    /// Whether its host cluster was taken for it, and no flush has counted it. Never of a compressed cluster, each of which
+    /// is counted by itself ([`Packing::named`](crate::pack::Packing)).
     pub(crate) fresh: bool,
 }
 
@@ -55,7 +56,8 @@ impl Core {
         if !old.home.is_none() {
             self.freed.push(Freed { home: old.home, counted: !change.fresh });
         }
-        change.fresh = !new.home.is_none();
+        change.fresh = !new.home.is_none() && !new.home.is_compressed();
+        self.packing.named.extend(Some(new.home).filter(|home| home.is_compressed()));
     }
 
     /// Whether no write is under way, and a flush has taken all that was published.

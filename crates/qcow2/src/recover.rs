@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use block::{Error, ErrorKind, Flush, Result};
 
-use crate::entry::{Entry, GuestCluster};
+use crate::compressed::Packed;
+use crate::entry::{Entry, GuestCluster, Home, HostOffset};
 use crate::flush::ImageFlush;
 use crate::image::{Core, Inner};
 use crate::journal::Record;
@@ -53,11 +54,13 @@ impl Inner {
         }
         let mut bytes = Vec::new();
         new.encode(self.geometry, &mut bytes);
-        // Nothing is ever compressed.
-        if Entry::decode(self.geometry, &bytes).ok() != Some(new) || new.home.is_compressed() {
+        if Entry::decode(self.geometry, &bytes).ok() != Some(new) {
             return Err(wrong("an impossible entry"));
         }
         let old = self.entry(core, cluster)?;
+        if new.home.is_compressed() && !self.has_packed(core, new.home)? {
+            return Err(wrong("compressed data where it can have none"));
+        }
         if let (Some(at), true) = (new.home.offset(), old.home.0 != new.home.0) {
             let here = match self.geometry.external {
                 true => at.0 == self.geometry.start_of(cluster),
@@ -75,5 +78,14 @@ impl Inner {
         self.set_entry(cluster, new);
         core.note(&step, self.geometry.external);
         Ok(())
+    }
+
+    /// Whether a compressed cluster can be there: inside the file, and in none of the image's tables.
+    fn has_packed(&self, core: &mut Core, home: Home) -> Result<bool> {
+        let packed = Packed::decode(self.geometry, home.0)?;
+        let (first, count) = packed.clusters(self.geometry);
+        let at = |cluster: u64| HostOffset(cluster << self.geometry.cluster_bits);
+        let is_free = |cluster: u64| !core.metadata.contains(at(cluster)) && core.allocator.skip(at(cluster));
+        Ok(packed.offset < self.limit && (first..first + count).all(is_free))
     }
 }

@@ -118,6 +118,24 @@ impl Refcounts {
         }
     }
 
+    /// One more compressed cluster will be named that is in `clusters`; all or none are counted.
+    ///
+    /// What a journal replayed may have been counted before, so it can reach the highest count there is, and then is counted
+    /// enough: nobody packs more into a host cluster than can be counted.
+    pub(crate) fn share(&mut self, storage: &dyn Storage, clusters: std::ops::Range<u64>) -> Result<()> {
+        for cluster in clusters.clone() {
+            if !self.raised.contains_key(&cluster) {
+                self.load(storage, cluster)?;
+            }
+        }
+        for cluster in clusters {
+            let lowered = self.lowered.remove(&cluster);
+            let known = self.raised.get(&cluster).copied().or(lowered).unwrap_or(0);
+            self.raised.insert(cluster, known.saturating_add(1).min(self.width.max()));
+        }
+        Ok(())
+    }
+
     /// Gets to know the count of `cluster`, to [`lower`](Self::lower) it.
     pub(crate) fn load(&mut self, storage: &dyn Storage, cluster: u64) -> Result<()> {
         if !self.lowered.contains_key(&cluster) {

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use block::{ByteRange, Context, Error, ErrorKind, Result};
 
 use crate::compressed::Packed;
-use crate::entry::{Entry, Geometry, HostOffset};
+use crate::entry::{Entry, Geometry, Home, HostOffset};
 use crate::image::{Inner, Writer};
 use crate::mapping::L1Entry;
 use crate::publish::Freed;
@@ -25,6 +25,9 @@ pub(crate) struct Work {
     pub(crate) l1_entries: u32,
     /// L2 tables to be, by their index in the L1 table.
     new_tables: BTreeMap<usize, NewTable>,
+    /// Compressed clusters that entries name, and that are not counted yet. A later batch may name them no more: then
+    /// they are counted all the same, and less again.
+    named: Vec<Home>,
     /// What entries named that the batch changes.
     freed: Vec<Freed>,
     /// Tables that are no more: the first cluster, and how many.
@@ -59,6 +62,7 @@ impl Work {
             l1,
             l1_entries,
             new_tables: BTreeMap::new(),
+            named: Vec::new(),
             freed: Vec::new(),
             freed_tables: Vec::new(),
             released: Vec::new(),
@@ -94,6 +98,7 @@ impl Work {
         let batch = Arc::make_mut(&mut core.batch);
         batch.extend(dirty.into_iter().map(|(cluster, change)| (cluster, change.entry)));
         self.freed.append(&mut core.freed);
+        self.named.append(&mut core.packing.named);
         self.rotated = core.journal.rotate();
     }
 
@@ -109,6 +114,12 @@ impl Work {
 
     /// Writes the refcounts of what the batch is about to name, and whole tables that nothing names yet.
     pub(crate) fn write_counts(&mut self, image: &Inner, writer: &Writer) -> Result<()> {
+        while let Some(home) = self.named.last() {
+            let (first, count) = Packed::decode(image.geometry, home.0)?.clusters(image.geometry);
+            self.refcounts.share(&*image.storage, first..first + count)?;
+            self.released.retain(|cluster| !(first..first + count).contains(cluster));
+            self.named.pop();
+        }
         for (index, entries) in self.by_table(image, writer) {
             let linked = image.mapping.l1_entry(index)?;
             if linked.table().is_some() && linked.is_own() {
@@ -210,10 +221,13 @@ impl Work {
             lowered.inspect_err(|_| self.freed_tables.push((at, count)))?;
         }
         self.refcounts.write_lowered(&*image.storage)?;
-        let released = std::mem::take(&mut self.released);
+        let mut released = std::mem::take(&mut self.released);
         if !released.is_empty() && !writer.keeps_freed {
             let ended = image.epochs.next();
             let mut core = writer.core();
+            // Compressed clusters still come there, or came since the batch was taken: the next flush decides.
+            let uncounted = core.packing.uncounted(image.geometry);
+            self.released.extend(released.extract_if(.., |cluster| uncounted.contains(cluster)));
             // Some of them may have held tables.
             let at = |cluster: &u64| HostOffset(cluster << image.geometry.cluster_bits);
             released.iter().map(at).for_each(|at| core.metadata.remove(at, 1));

@@ -10,7 +10,7 @@ use std::task::Waker;
 use block::testing::{FaultStorage, MemStorage, Random};
 use block::{ByteRange, Disk, Extent, RawDisk, Source, WriteGuard, blocking, read_disk, write_disk};
 use qcow2::{Image, Mode, Parts};
-use support::{Files, Verdict, assert_same, check, contents, memory, options};
+use support::{Files, Verdict, assert_same, check, contents, memory, options, some_bytes};
 
 /// Clusters of each image are 64 KiB: with this capacity a few of them, the last one odd.
 const CAPACITIES: [u64; 3] = [512 * 1024, 300_000, 1_000_001];
@@ -66,6 +66,20 @@ impl World {
         }
         write_disk(&self.active, offset, &bytes).unwrap();
         self.expect(offset, &bytes);
+    }
+
+    /// Writes a cluster or some, compressed.
+    fn pack(&mut self) {
+        let clusters = (self.expected.len() as u64).div_ceil(1 << 16);
+        for _ in 0..=self.random.below(3) {
+            let offset = self.random.below(clusters) << 16;
+            let len = (self.expected.len() - offset as usize).min(1 << 16);
+            let bytes = some_bytes(&mut self.random, len);
+            if !self.overlaps_held(offset, len) {
+                self.active.write_compressed(offset, &bytes).unwrap();
+                self.expect(offset, &bytes);
+            }
+        }
     }
 
     fn some_bytes(&mut self) -> (u64, Vec<u8>) {
@@ -214,7 +228,8 @@ impl World {
 
     fn step(&mut self) {
         match self.random.below(20) {
-            0..=7 => self.write(),
+            0..=6 => self.write(),
+            7 => self.pack(),
             8..=10 => self.hold(),
             11..=13 => self.end_held(),
             14..=16 => self.clear(),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use block::testing::{CrashStorage, MemStorage, Random};
 use block::{ByteRange, Disk, FlushStep, RawDisk, blocking, write_disk};
 use qcow2::{Image, Mode, Parts};
-use support::{Files, check, contents, memory, options, small_clusters};
+use support::{Files, check, contents, memory, options, small_clusters, some_bytes};
 
 const CAPACITY: u64 = 782 * 512;
 const SECTOR: usize = 512;
@@ -48,7 +48,13 @@ impl World {
         let ByteRange { offset, len } = self.random.range(CAPACITY);
         let mut next = self.history.last().unwrap().clone();
         let place = &mut next[offset as usize..][..len as usize];
-        if self.random.below(4) == 0 {
+        if self.random.below(6) == 0 {
+            let size = self.image.cluster_size();
+            let start = offset / size * size;
+            let bytes = some_bytes(&mut self.random, size.min(CAPACITY - start) as usize);
+            self.image.write_compressed(start, &bytes).unwrap();
+            next[start as usize..][..bytes.len()].copy_from_slice(&bytes);
+        } else if self.random.below(4) == 0 {
             let range = ByteRange { offset, len };
             blocking(|waker| self.image.write_zeroes(range, true, waker)).unwrap();
             place.fill(0);

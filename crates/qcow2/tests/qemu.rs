@@ -72,7 +72,7 @@ fn qemu_finds_no_fault_with_our_overlays() {
         let (base, mut expected) = make_base(folder.path());
         let path = folder.path().join("overlay");
         let backing = Some(("base".to_owned(), "raw".to_owned()));
-        let options = CreateOptions { capacity: CAPACITY, cluster_bits, extended_l2, backing };
+        let options = CreateOptions { backing, ..CreateOptions::new(CAPACITY, cluster_bits, extended_l2) };
         qcow2::create(&HostFile::create(&path, Cache::Writeback).unwrap(), &options).unwrap();
         assert_qemu_agrees(folder.path(), "overlay", &expected);
         let mut random = Random(u64::from(cluster_bits));
@@ -178,7 +178,7 @@ fn a_file_that_outgrows_its_refcount_blocks_gets_more() {
     // file is longer than that, and sparse.
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
-    let options = CreateOptions { capacity: 3 << 30, cluster_bits: 16, extended_l2: true, backing: None };
+    let options = CreateOptions::new(3 << 30, 16, true);
     qcow2::create(&HostFile::create(&path, Cache::Writeback).unwrap(), &options).unwrap();
     open_file(&path, true).set_len((4 << 30) - (3 << 16)).unwrap();
     let image = open_image(&path, None);

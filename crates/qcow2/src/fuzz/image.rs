@@ -19,7 +19,7 @@ const CAPACITY: u64 = 300_000;
 fn build(extended: bool) -> Vec<u8> {
     let cluster_bits = if extended { 14 } else { 9 };
     let storage = MemStorage::default();
-    let options = CreateOptions { capacity: CAPACITY, cluster_bits, extended_l2: extended, backing: None };
+    let options = CreateOptions::new(CAPACITY, cluster_bits, extended);
     crate::create(&storage, &options).unwrap();
     let header = Header::read(&storage).unwrap();
     let size = 1_usize << cluster_bits;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use block::testing::{FaultStorage, MemStorage};
+use block::testing::{FaultStorage, MemStorage, Random};
 use block::{ByteRange, Disk, Storage, read_disk};
 use hostio::{Cache, HostFile, Open};
 use qcow2::{CreateOptions, Header, Image, Journal, Mode, Parts};
@@ -116,7 +116,14 @@ impl Files {
 }
 
 pub(crate) fn options(capacity: u64, cluster_bits: u32, extended_l2: bool) -> CreateOptions {
-    CreateOptions { capacity, cluster_bits, extended_l2, backing: None }
+    CreateOptions::new(capacity, cluster_bits, extended_l2)
+}
+
+/// Bytes that get smaller by half or so if they are compressed, or do not at all.
+pub(crate) fn some_bytes(random: &mut Random, len: usize) -> Vec<u8> {
+    let shrinks = random.below(4) > 0;
+    let mut byte = || random.number() as u8;
+    (0..len).map(|at| if shrinks && at % 16 < 9 { at as u8 } else { byte() }).collect()
 }
 
 pub(crate) fn contents(disk: &dyn Disk) -> Vec<u8> {
@@ -172,6 +179,13 @@ pub(crate) fn check(bytes: &[u8]) -> Verdict {
         name(l2, 1);
         for entry in (0..size / entry_size).map(|index| l2 + index * entry_size) {
             let (word, bitmap) = (be(bytes, entry, 8), be(bytes, entry + 8, 8));
+            if word >> 62 == 1 {
+                let split = 62 - (bits - 8);
+                let (first, more) = (word & ((1 << split) - 1), (word & !(1 << 62)) >> split);
+                let last = first / 512 * 512 + more * 512;
+                name(first, (last >> bits) - (first >> bits) + 1);
+                continue;
+            }
             let offset = word & 0x00ff_ffff_ffff_fe00;
             if offset != 0 {
                 name(offset, 1);
