@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use block::{Error, ErrorKind, Result};
-use snapshot::{CutRequest, FreezePolicy, Manager, Pin};
+use snapshot::{ClientId, CutRequest, FreezePolicy, HostedJob, JobType, Manager, Pin};
 
 use crate::exports::Exports;
-use crate::nodes::{Filter, Kind, Node, NodeInfo, NodeOptions, Nodes, View, no_node};
+use crate::nodes::{Filter, ImageOptions, Kind, Node, NodeInfo, NodeOptions, Nodes, View, no_node};
 
 /// Where a disk stands in QEMU's tree of objects: clients find it as `qdev` in `query-block`.
 const QDEV: &str = "/machine/peripheral/";
@@ -35,6 +35,22 @@ impl Backups {
     /// `blockdev-add`. Opens what the node needs.
     pub fn add_node(&self, options: NodeOptions) -> Result<()> {
         self.nodes.add(options, &|name| self.disk_of(name))
+    }
+
+    /// `blockdev-create`: begins a job that makes an image. As in QEMU, somebody has to dismiss it when it is over.
+    pub fn create_image(&self, id: String, options: ImageOptions, client: Option<ClientId>) -> Result<()> {
+        let asked = HostedJob {
+            id,
+            kind: JobType::Create,
+            speed: 0,
+            auto_finalize: true,
+            auto_dismiss: false,
+            client,
+            group: None,
+        };
+        let seat = self.manager.enter_job(asked)?;
+        let creation = self.nodes.prepare(options, &|name| self.disk_of(name))?;
+        seat.start(Box::new(creation))
     }
 
     /// `blockdev-del`. Refuses while anything uses the node.

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use block::{ByteRange, DirtyBitmap, Disk, Error, Extent, Result, Source, blocking, read_disk, write_disk};
+use qcow2::Image;
 
 /// How much is resolved at once: the extents of so much are held while it is copied.
 const WINDOW: u64 = 8 << 20;
@@ -20,6 +21,8 @@ const GRAIN: u64 = 4096;
 pub(crate) struct Copy {
     source: Arc<dyn Disk>,
     target: Arc<dyn Disk>,
+    /// The target, if what is written is to be compressed.
+    compressing: Option<Arc<Image>>,
     /// Only what is marked; all if `None`.
     marked: Option<DirtyBitmap>,
     /// All that is written begins and ends at a multiple of so many bytes, a power of two: a cluster of the target, which so
@@ -59,7 +62,13 @@ impl Copy {
         let on_zeroes = marked.is_none() && is_blank(&*target);
         let unit = u64::from(target.discard_granularity()).next_power_of_two().clamp(GRAIN, WINDOW);
         let (pieces, buffer) = (VecDeque::new(), Vec::new());
-        Self { source, target, marked, unit, on_zeroes, resolved: 0, pieces, buffer }
+        Self { source, target, compressing: None, marked, unit, on_zeroes, resolved: 0, pieces, buffer }
+    }
+
+    /// The same, compressed: `image` is the target, and whole clusters of it are written.
+    pub(crate) fn compressed(self, image: Arc<Image>) -> Self {
+        let unit = self.unit.max(image.cluster_size());
+        Self { unit, compressing: Some(image), ..self }
     }
 
     /// Bytes to copy in all.
@@ -188,11 +197,19 @@ impl Copy {
             let (to, len) = (at + start as u64, (end - start) as u64);
             match zero {
                 true => self.zero(ByteRange { offset: to, len })?,
-                false => write_disk(&*self.target, to, self.buffer.get(start..end).unwrap_or_default())?,
+                false => self.write(to, self.buffer.get(start..end).unwrap_or_default())?,
             }
             start = end;
         }
         Ok(())
+    }
+
+    /// Writes whole units.
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let Some(image) = &self.compressing else { return write_disk(&*self.target, at, bytes) };
+        let size = image.cluster_size();
+        let mut clusters = (at..).step_by(size as usize).zip(bytes.chunks(size as usize));
+        clusters.try_for_each(|(at, cluster)| image.write_compressed(at, cluster))
     }
 
     fn zero(&self, range: ByteRange) -> Result<()> {

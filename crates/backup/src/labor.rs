@@ -1,4 +1,4 @@
-//! A backup's work: copy, make durable, clean the bitmap.
+//! The work of jobs: of a backup, copy, make durable, clean the bitmap.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tracing::warn;
 
 use crate::copy::{Copy, Failure};
 use crate::model::OnError;
-use crate::nodes::{Access, Writing};
+use crate::nodes::{Access, Creation, Writing};
 
 /// What a job does about I/O that fails.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +44,16 @@ impl Labor for Backup {
             }
         }
         Ok(())
+    }
+}
+
+/// An image that is made: QEMU counts it as one.
+impl Labor for Creation {
+    fn run(self: Box<Self>, job: &Job) -> Result<(), Halt> {
+        job.set_total(1);
+        Creation::run(&self)?;
+        job.copied(1);
+        job.finalize_point()
     }
 }
 

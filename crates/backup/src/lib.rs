@@ -38,7 +38,7 @@ pub use actions::Backups;
 pub use exports::{ExportInfo, ExportOptions, ServerOptions, SocketAddress, TlsCredentials};
 pub use model::{
     Action, BackupOptions, BackupRequest, BitmapAdd, BitmapMerge, BitmapMode, BitmapRef, BitmapSource,
-    OnError, Sync,
+    CompletionMode, DriveBackupRequest, FileTarget, NewImageMode, OnError, Sync,
 };
-pub use nodes::{NodeInfo, NodeOptions};
+pub use nodes::{ImageOptions, NodeInfo, NodeOptions};
 pub use serving::{ServeRequest, Serving};

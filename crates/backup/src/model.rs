@@ -1,7 +1,9 @@
 //! What clients ask for, in the words of QEMU's `qapi/block-core.json` and `qapi/transaction.json`.
 
+use std::path::PathBuf;
+
 use serde::Deserialize;
-use snapshot::ClientId;
+use snapshot::JobOptions;
 
 /// What of a disk is copied: QEMU's `MirrorSyncMode`.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -51,15 +53,13 @@ pub enum OnError {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct BackupOptions {
-    /// The job's id; the device's if absent.
-    pub job_id: Option<String>,
+    /// What every job can be told. Its id is the device's if absent.
+    #[serde(flatten)]
+    pub job: JobOptions,
     /// A disk, or a `snapshot-access` node.
     pub device: String,
     /// What is copied.
     pub sync: Sync,
-    /// Bytes a second at most; 0 for no limit.
-    #[serde(default)]
-    pub speed: u64,
     /// The bitmap that says what to copy, or that becomes clean by a whole copy.
     pub bitmap: Option<String>,
     /// What becomes of it; with `incremental` it is always on success.
@@ -73,19 +73,6 @@ pub struct BackupOptions {
     /// What to do if the target can not be written.
     #[serde(default)]
     pub on_target_error: OnError,
-    /// Whether the last step needs nobody.
-    #[serde(default = "yes")]
-    pub auto_finalize: bool,
-    /// Whether the job goes from the list by itself.
-    #[serde(default = "yes")]
-    pub auto_dismiss: bool,
-    /// Who asks.
-    #[serde(skip)]
-    pub client: Option<ClientId>,
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// `blockdev-backup`.
@@ -97,6 +84,52 @@ pub struct BackupRequest {
     pub options: BackupOptions,
     /// The node that is written to.
     pub target: String,
+}
+
+/// How the file comes to be that a backup is written to: QEMU's `NewImageMode`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub enum NewImageMode {
+    /// It is there.
+    Existing,
+    /// It is made; one that is there is emptied.
+    #[default]
+    AbsolutePaths,
+}
+
+/// `drive-backup`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DriveBackupRequest {
+    /// What and how.
+    #[serde(flatten)]
+    pub options: BackupOptions,
+    /// The file or device that is written to.
+    #[serde(flatten)]
+    pub target: FileTarget,
+}
+
+/// A file or device to write an image to, which no node of the client's is on.
+#[derive(Clone, Debug, Deserialize)]
+pub struct FileTarget {
+    /// Where.
+    pub(crate) target: PathBuf,
+    /// The image's format; the disk's if it is made and this is absent.
+    pub(crate) format: Option<String>,
+    /// How it comes to be.
+    #[serde(default)]
+    pub(crate) mode: NewImageMode,
+}
+
+/// How the jobs of a transaction end: QEMU's `ActionCompletionMode`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub enum CompletionMode {
+    /// Each by itself.
+    #[default]
+    Individual,
+    /// All well, or none.
+    Grouped,
 }
 
 /// A bitmap: QEMU's `BlockDirtyBitmap`.
@@ -167,6 +200,8 @@ pub enum Action {
     BlockDirtyBitmapDisable(BitmapRef),
     /// Makes dirty in one what is in others.
     BlockDirtyBitmapMerge(BitmapMerge),
-    /// Begins a backup.
+    /// Begins a backup to a node.
     BlockdevBackup(BackupRequest),
+    /// Begins a backup to a file.
+    DriveBackup(DriveBackupRequest),
 }

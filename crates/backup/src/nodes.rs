@@ -1,5 +1,6 @@
 //! Block nodes that clients add: the files that backups are written to, and the filters that they are read through.
 
+mod create;
 mod filter;
 mod options;
 mod writing;
@@ -15,10 +16,11 @@ use qcow2::Image;
 use serde::Serialize;
 use snapshot::BitmapInfo;
 
+pub(crate) use create::Creation;
 pub(crate) use filter::{Access, Filter, NodeBitmaps, View, bitmap_of, not_found, tidy};
-pub use options::NodeOptions;
 use options::{Driver, Reference};
-pub(crate) use writing::{MAX_PENDING, Writing};
+pub use options::{ImageOptions, NodeOptions};
+pub(crate) use writing::{MAX_PENDING, Writing, incompressible};
 
 /// Nodes there may be: clients forget to delete them.
 const MAX_NODES: usize = 1024;
@@ -80,6 +82,11 @@ impl Nodes {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The right to make nodes.
+    fn adding(&self) -> MutexGuard<'_, ()> {
+        self.adding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The node of that name.
     pub(crate) fn get(&self, name: &str) -> Option<Arc<Node>> {
         self.lock().get(name).cloned()
@@ -98,7 +105,7 @@ impl Nodes {
                 "'node-name' must be specified for the root node",
             ));
         }
-        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let _adding = self.adding();
         let mut made = Vec::new();
         self.make(options, disk_of, &mut made)?;
         let mut nodes = self.lock();
@@ -218,6 +225,9 @@ impl Nodes {
             _ => false,
         };
         match self.lock().values().find(|node| conflicts(node)) {
+            None if file.written.load(Ordering::Acquire) => {
+                Err(Error::new(ErrorKind::Busy, format!("an image is being made in node '{}'", file.name)))
+            }
             None => Ok(()),
             Some(user) => {
                 let story = format!("node '{}' uses '{}', and one of them would write", user.name, file.name);

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use backup::{
-    Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServeRequest, ServerOptions, Serving,
-    TlsCredentials,
+    Action, CompletionMode, ExportInfo, ExportOptions, ImageOptions, NodeInfo, NodeOptions, ServeRequest,
+    ServerOptions, Serving, TlsCredentials,
 };
 use block::{Result, Stats};
 use serde::{Deserialize, Serialize};
@@ -107,8 +107,11 @@ pub trait Service: Send + Sync {
     /// Puts a filter on the disk at `path` of QEMU's object tree, or takes it off: `node` is what the disk is to be.
     fn set_drive(&self, path: &str, node: &str) -> Result<()>;
 
-    /// Does all actions at one instant, or none.
-    fn transaction(&self, actions: Vec<Action>, client: ClientId) -> Result<()>;
+    /// Does all actions at one instant, or none; the jobs that begin end as `mode` says.
+    fn transaction(&self, actions: Vec<Action>, mode: CompletionMode, client: ClientId) -> Result<()>;
+
+    /// Begins to make an image; `id` is the job's.
+    fn create_image(&self, id: String, options: ImageOptions, client: ClientId) -> Result<()>;
 
     /// The dirty bitmaps of a disk.
     fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>>;

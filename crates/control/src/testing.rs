@@ -7,8 +7,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use backup::{
-    Action, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServeRequest, ServerOptions, Serving,
-    TlsCredentials,
+    Action, CompletionMode, ExportInfo, ExportOptions, ImageOptions, NodeInfo, NodeOptions, ServeRequest,
+    ServerOptions, Serving, TlsCredentials,
 };
 use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, Stats, WriteErrors};
 use hostio::Cache;
@@ -353,7 +353,11 @@ impl Service for Fake {
         Ok(())
     }
 
-    fn transaction(&self, _actions: Vec<Action>, _client: ClientId) -> Result<()> {
+    fn transaction(&self, _actions: Vec<Action>, _mode: CompletionMode, _client: ClientId) -> Result<()> {
+        Ok(())
+    }
+
+    fn create_image(&self, _id: String, _options: ImageOptions, _client: ClientId) -> Result<()> {
         Ok(())
     }
 

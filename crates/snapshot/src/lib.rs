@@ -30,8 +30,8 @@ pub use cut::{
 };
 pub use export::Progress;
 pub use jobs::{
-    BlockJobInfo, ClientId, CommitRequest, DeleteRequest, Halt, HostedJob, Job, JobEnd, JobInfo, JobOptions,
-    JobStatus, JobType, JobVerb, Labor, Seat, StreamRequest,
+    BlockJobInfo, ClientId, CommitRequest, DeleteRequest, Halt, HostedJob, Job, JobEnd, JobGroup, JobInfo,
+    JobOptions, JobStatus, JobType, JobVerb, Labor, Seat, StreamRequest,
 };
 pub use layer::DEFAULT_METADATA_CACHE;
 pub use manager::{DiskConfig, DiskProbe, FreezeDefaults, MAX_LEASE, Manager, SnapshotReader};

@@ -4,11 +4,12 @@
 
 mod bench;
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use block::{Error, ErrorKind};
-use snapshot::{Event, Halt, HostedJob, Job, JobStatus, JobType, JobVerb, Labor, Manager};
+use snapshot::{Event, Halt, HostedJob, Job, JobGroup, JobStatus, JobType, JobVerb, Labor, Manager, Seat};
 
 use bench::Bench;
 
@@ -48,13 +49,18 @@ fn asked(id: &str) -> HostedJob {
         auto_finalize: true,
         auto_dismiss: false,
         client: Some(7),
+        group: None,
     }
 }
 
 /// A job of that id that runs, with the ways to end it and to hear that it has.
 fn start(manager: &Manager, asked: HostedJob) -> (Sender<Result<(), Error>>, Receiver<()>) {
+    begin(manager.enter_job(asked).unwrap())
+}
+
+fn begin(seat: Seat) -> (Sender<Result<(), Error>>, Receiver<()>) {
     let ((end, ends), (over, heard)) = (channel(), channel());
-    manager.enter_job(asked).unwrap().start(Box::new(Errand { ends, over })).unwrap();
+    seat.start(Box::new(Errand { ends, over })).unwrap();
     (end, heard)
 }
 
@@ -132,4 +138,58 @@ fn a_job_that_never_begins_leaves_no_trace_and_one_that_runs_ends_with_the_daemo
     over.recv().unwrap();
     drop(manager);
     assert!(bench.open().jobs().is_empty());
+}
+
+#[test]
+fn a_job_that_fails_calls_off_those_that_it_would_have_ended_with() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    let events = manager.subscribe();
+    let group = Arc::new(JobGroup::new());
+    let member = |id| HostedJob { group: Some(Arc::clone(&group)), ..asked(id) };
+    let seats = ["done", "working", "failing"].map(|id| manager.enter_job(member(id)).unwrap());
+    let (alone, _over) = start(&manager, asked("alone"));
+    let begun = seats.map(begin);
+    begun[0].0.send(Ok(())).unwrap();
+    wait_for(&manager, "done", JobStatus::Waiting);
+    begun[2].0.send(Err(Error::new(ErrorKind::NoSpace, "no room"))).unwrap();
+    for (id, error) in [("done", "it was cancelled"), ("working", "it was cancelled"), ("failing", "no room")]
+    {
+        wait_for(&manager, id, JobStatus::Concluded);
+        let job = manager.jobs().into_iter().find(|job| job.id == id).unwrap();
+        assert_eq!(job.error.as_deref(), Some(error), "{id}");
+    }
+    let ended = events.try_iter().filter(|event| event.addressee() == Some(7));
+    let cancelled = ended.filter(|event| matches!(event, Event::JobCancelled { .. })).count();
+    assert_eq!(cancelled, 2);
+    alone.send(Ok(())).unwrap();
+    wait_for(&manager, "alone", JobStatus::Concluded);
+    assert_eq!(manager.jobs().into_iter().find(|job| job.id == "alone").unwrap().error, None);
+}
+
+#[test]
+fn jobs_that_end_together_do_their_last_step_when_all_have_come_to_it() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    let group = Arc::new(JobGroup::new());
+    let member = |id| HostedJob { group: Some(Arc::clone(&group)), ..asked(id) };
+    let seats = ["a", "b"].map(|id| manager.enter_job(member(id)).unwrap());
+    let [a, b] = seats.map(begin);
+    a.0.send(Ok(())).unwrap();
+    assert!(a.1.recv_timeout(Duration::from_millis(50)).is_err(), "it went on by itself");
+    b.0.send(Ok(())).unwrap();
+    for id in ["a", "b"] {
+        wait_for(&manager, id, JobStatus::Concluded);
+    }
+    assert!(manager.jobs().iter().all(|job| job.error.is_none()));
+    // One that ends with the daemon does not leave others behind that wait for it.
+    let group = Arc::new(JobGroup::new());
+    let seats = ["c", "d"].map(|id| {
+        let asked = HostedJob { group: Some(Arc::clone(&group)), ..asked(id) };
+        manager.enter_job(asked).unwrap()
+    });
+    let begun = seats.map(begin);
+    begun[0].0.send(Ok(())).unwrap();
+    wait_for(&manager, "c", JobStatus::Waiting);
+    manager.shut_down().unwrap();
 }

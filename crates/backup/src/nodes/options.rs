@@ -18,6 +18,13 @@ pub struct NodeOptions {
     pub(super) driver: Driver,
 }
 
+impl NodeOptions {
+    /// A node that no client names.
+    pub(super) fn new(driver: Driver) -> Self {
+        Self { node_name: None, read_only: false, cache: CacheOptions::default(), driver }
+    }
+}
+
 /// QEMU's `BlockdevCacheOptions`.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -62,6 +69,85 @@ impl Driver {
             Self::SnapshotAccess { .. } => "snapshot-access",
         }
     }
+}
+
+/// An image to be made: QEMU's `BlockdevCreateOptions`, as far as a backup has a use for it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(transparent)]
+pub struct ImageOptions(pub(super) NewImage);
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", tag = "driver")]
+pub(super) enum NewImage {
+    File {
+        filename: PathBuf,
+        size: u64,
+        #[serde(default)]
+        preallocation: Preallocation,
+    },
+    Qcow2(Qcow2Options),
+}
+
+/// QEMU's `BlockdevCreateOptionsQcow2`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Qcow2Options {
+    pub(super) file: Reference,
+    pub(super) size: u64,
+    #[serde(default)]
+    pub(super) version: Version,
+    pub(super) cluster_size: Option<u64>,
+    #[serde(default)]
+    pub(super) extended_l2: bool,
+    pub(super) backing_file: Option<String>,
+    pub(super) backing_fmt: Option<String>,
+    #[serde(default)]
+    pub(super) preallocation: Preallocation,
+    #[serde(default)]
+    pub(super) lazy_refcounts: bool,
+    pub(super) refcount_bits: Option<u64>,
+    #[serde(default)]
+    pub(super) compression_type: CompressionType,
+}
+
+/// QEMU's `PreallocMode`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Preallocation {
+    #[default]
+    Off,
+    Metadata,
+    Falloc,
+    Full,
+}
+
+impl Preallocation {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Metadata => "metadata",
+            Self::Falloc => "falloc",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// QEMU's `BlockdevQcow2Version`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Version {
+    V2,
+    #[default]
+    V3,
+}
+
+/// QEMU's `Qcow2CompressionType`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum CompressionType {
+    #[default]
+    Zlib,
+    Zstd,
 }
 
 /// A node that another one needs: QEMU's `BlockdevRef`.

@@ -54,6 +54,11 @@ impl Writing {
         &self.disk
     }
 
+    /// The image, if clusters can be written to it compressed.
+    pub(crate) fn compressible(&self) -> Result<Arc<Image>> {
+        self.qcow2.clone().ok_or_else(|| incompressible(&self.node.name))
+    }
+
     /// Has what waits in memory written out if it has become much.
     pub(crate) fn relieve(&self) -> Result<()> {
         match &self.qcow2 {
@@ -67,6 +72,12 @@ impl Drop for Writing {
     fn drop(&mut self) {
         self.node.written.store(false, Ordering::Release);
     }
+}
+
+/// QEMU's words for a target that takes no compressed clusters.
+pub(crate) fn incompressible(target: &str) -> Error {
+    let story = format!("Compression is not supported for this drive {target}");
+    Error::new(ErrorKind::Unsupported, story)
 }
 
 /// Opens a qcow2 image without what is beneath it.

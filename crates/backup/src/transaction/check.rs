@@ -35,10 +35,5 @@ pub(super) fn check(options: &BackupOptions) -> Result<()> {
         (_, None, Some(_)) => return Err(invalid("Cannot specify bitmap sync mode without a bitmap")),
         _ => {}
     }
-    match options.compress {
-        true => {
-            unsupported("a backup can not be compressed yet: compress its file with `qemu-img convert -c`")
-        }
-        false => Ok(()),
-    }
+    Ok(())
 }

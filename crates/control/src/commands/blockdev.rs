@@ -1,6 +1,6 @@
 //! Nodes, bitmaps and backups, as QEMU's block layer has them.
 
-use backup::{Action, NodeOptions};
+use backup::{Action, CompletionMode, ImageOptions, NodeOptions};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -10,9 +10,11 @@ use crate::error::CommandError;
 
 pub(super) const COMMANDS: &[Command] = &[
     ("blockdev-add", add),
+    ("blockdev-create", create),
     ("blockdev-del", remove),
     ("qom-set", set_property),
     ("blockdev-backup", |caller, arguments| single(caller, arguments, Action::BlockdevBackup)),
+    ("drive-backup", |caller, arguments| single(caller, arguments, Action::DriveBackup)),
     ("block-dirty-bitmap-add", |caller, arguments| single(caller, arguments, Action::BlockDirtyBitmapAdd)),
     ("block-dirty-bitmap-remove", |caller, arguments| {
         single(caller, arguments, Action::BlockDirtyBitmapRemove)
@@ -55,11 +57,25 @@ struct Transaction {
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Properties {
-    completion_mode: Option<String>,
+    #[serde(default)]
+    completion_mode: CompletionMode,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Creation {
+    job_id: String,
+    options: ImageOptions,
 }
 
 fn add(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     caller.service.add_node(typed::<NodeOptions>(arguments)?)?;
+    nothing()
+}
+
+fn create(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
+    let Creation { job_id, options } = typed(arguments)?;
+    caller.service.create_image(job_id, options, caller.client)?;
     nothing()
 }
 
@@ -88,16 +104,12 @@ fn single<T: DeserializeOwned>(
     arguments: Arguments,
     action: fn(T) -> Action,
 ) -> Outcome {
-    caller.service.transaction(vec![action(typed(arguments)?)], caller.client)?;
+    caller.service.transaction(vec![action(typed(arguments)?)], CompletionMode::Individual, caller.client)?;
     nothing()
 }
 
 fn transaction(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     let Transaction { actions, properties } = typed(arguments)?;
-    if properties.completion_mode.is_some_and(|mode| mode == "grouped") {
-        let story = "completion-mode 'grouped' is not there: each job ends by itself";
-        return Err(CommandError::generic(story));
-    }
-    caller.service.transaction(actions, caller.client)?;
+    caller.service.transaction(actions, properties.completion_mode, caller.client)?;
     Ok(json!({}))
 }

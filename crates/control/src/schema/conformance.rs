@@ -188,6 +188,14 @@ fn calls_of_nodes() -> Vec<(&'static str, Value)> {
         ("blockdev-add", json!({"driver": "file", "node-name": "f", "filename": "/x"})),
         ("qom-set", json!({"path": "vda", "property": "drive", "value": "f"})),
         ("blockdev-backup", json!({"device": "vda", "target": "f", "sync": "full"})),
+        (
+            "drive-backup",
+            json!({"device": "vda", "target": "/x", "sync": "full", "mode": "existing", "format": "raw"}),
+        ),
+        (
+            "blockdev-create",
+            json!({"job-id": "c", "options": {"driver": "qcow2", "file": "f", "size": 512, "compression-type": "zstd"}}),
+        ),
         ("block-dirty-bitmap-add", json!({"node": "vda", "name": "b"})),
         ("block-dirty-bitmap-clear", json!({"node": "vda", "name": "b"})),
         ("block-dirty-bitmap-enable", json!({"node": "vda", "name": "b"})),

@@ -8,8 +8,8 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use backup::{
-    Action, Backups, ExportInfo, ExportOptions, NodeInfo, NodeOptions, ServeRequest, ServerOptions, Serving,
-    TlsCredentials,
+    Action, Backups, CompletionMode, ExportInfo, ExportOptions, ImageOptions, NodeInfo, NodeOptions,
+    ServeRequest, ServerOptions, Serving, TlsCredentials,
 };
 use block::{Result, Stats};
 use control::{DaemonStatus, Service};
@@ -190,8 +190,12 @@ impl Service for Daemon {
         self.backups.set_drive(path, node)
     }
 
-    fn transaction(&self, actions: Vec<Action>, client: ClientId) -> Result<()> {
-        self.backups.transaction(actions, Some(client))
+    fn transaction(&self, actions: Vec<Action>, mode: CompletionMode, client: ClientId) -> Result<()> {
+        self.backups.transaction(actions, mode, Some(client))
+    }
+
+    fn create_image(&self, id: String, options: ImageOptions, client: ClientId) -> Result<()> {
+        self.backups.create_image(id, options, Some(client))
     }
 
     fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>> {

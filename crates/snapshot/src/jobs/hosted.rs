@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use block::{Context, Error, ErrorKind, Result};
 
+use super::group::JobGroup;
 use super::job::{Halt, Identity, Job};
 use super::model::{ClientId, JobStatus, JobType};
 use super::runner::{Entry, Inner};
@@ -36,6 +37,8 @@ pub struct HostedJob {
     pub auto_dismiss: bool,
     /// Who asks.
     pub client: Option<ClientId>,
+    /// Those that it ends with; it ends by itself if `None`.
+    pub group: Option<Arc<JobGroup>>,
 }
 
 /// A job that has its place on the list and has not begun. It vanishes when this is dropped.
@@ -51,10 +54,13 @@ impl Manager {
         let inner = Arc::clone(&self.jobs.0);
         let mut list = inner.list();
         list.admit(&asked.id)?;
-        let HostedJob { id, kind, speed, auto_finalize, auto_dismiss, client } = asked;
-        let identity = Identity { id, kind, automatic: false, auto_finalize, auto_dismiss, client };
+        let HostedJob { id, kind, speed, auto_finalize, auto_dismiss, client, group } = asked;
+        let identity = Identity { id, kind, automatic: false, auto_finalize, auto_dismiss, client, group };
         let events = Arc::clone(&inner.world.bus) as _;
         let job = Arc::new(Job::new(identity, speed, false, events));
+        if let Some(group) = &job.identity.group {
+            group.join(&job);
+        }
         // Begun: the list starts no work of chains for it.
         let entry = Entry { job, task: None, disks: BTreeSet::new(), begun: true };
         list.entries.push(entry.clone());

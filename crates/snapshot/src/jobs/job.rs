@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use block::{Error, IoStatus, Result};
 
+use super::group::JobGroup;
 use super::machine::{Machine, Verb, Wish};
 use super::model::{BlockJobInfo, ClientId, JobEnd, JobInfo, JobStatus, JobType};
 use super::pace::Limit;
@@ -39,6 +40,8 @@ pub(crate) struct Identity {
     pub(crate) auto_dismiss: bool,
     /// Who began it.
     pub(crate) client: Option<ClientId>,
+    /// Those that it ends with.
+    pub(crate) group: Option<Arc<JobGroup>>,
 }
 
 /// A job: its thread does the work and asks here whether to go on; clients ask here what it does.
@@ -62,7 +65,7 @@ struct State {
 impl Job {
     pub(crate) fn new(identity: Identity, speed: u64, paused: bool, events: Arc<dyn Events>) -> Self {
         let state = State {
-            machine: Machine::new(paused, identity.auto_finalize),
+            machine: Machine::new(paused, identity.auto_finalize && identity.group.is_none()),
             stopped: false,
             done: 0,
             total: 0,
@@ -94,11 +97,12 @@ impl Job {
         }
     }
 
-    /// As QEMU's block jobs are told; `None` for what nobody asked for.
+    /// As QEMU's block jobs are told; `None` for what nobody asked for, and for what is none there.
     pub(crate) fn block_info(&self) -> Option<BlockJobInfo> {
         let (identity, state) = (&self.identity, self.state());
         let status = state.machine.status();
-        (!identity.automatic).then(|| BlockJobInfo {
+        let is_block_job = !identity.automatic && identity.kind != JobType::Create;
+        is_block_job.then(|| BlockJobInfo {
             r#type: identity.kind,
             device: identity.id.clone(),
             len: state.total,
@@ -128,7 +132,24 @@ impl Job {
     pub(crate) fn ask(&self, verb: Verb) -> Result<()> {
         self.state().machine.ask(&self.identity.id, verb)?;
         self.changed.notify_all();
+        if let (Verb::Finalize, Some(group)) = (verb, &self.identity.group) {
+            group.finalize();
+        }
         Ok(())
+    }
+
+    /// Something outside has changed that its thread may wait for.
+    pub(super) fn look_again(&self) {
+        // Who waits has looked before it lets go of the lock.
+        drop(self.state());
+        self.changed.notify_all();
+    }
+
+    /// It did not succeed: none of those does that it would have ended with.
+    pub(super) fn call_off_group(&self) {
+        if let Some(group) = &self.identity.group {
+            group.call_off(self);
+        }
     }
 
     pub(crate) fn set_speed(&self, speed: u64) -> Result<()> {
@@ -208,23 +229,54 @@ impl Job {
         }
     }
 
-    /// All is done but what can not be undone. Waits until somebody finalizes the job, if it does not do so itself.
+    /// All is done but what can not be undone. Waits until the same is true of all that it ends with, and until somebody
+    /// finalizes the job, or one of those, if it does not do so itself.
     pub fn finalize_point(&self) -> std::result::Result<(), Halt> {
         self.go(JobStatus::Waiting)?;
+        self.await_group()?;
         self.go(JobStatus::Pending)?;
-        let mut state = self.state();
-        if !state.machine.is_finalized() {
+        if !self.identity.auto_finalize {
             let (id, client) = (self.identity.id.clone(), self.identity.client);
             self.events.emit(Event::JobPending { r#type: self.identity.kind, id, client });
         }
+        let group = self.identity.group.as_ref();
+        let mut state = self.state();
         loop {
-            match (state.stopped, state.machine.is_cancelled(), state.machine.is_finalized()) {
-                (true, ..) => return Err(Halt::Stopped),
-                (_, true, _) => return Err(Halt::Cancelled),
-                (_, _, true) => return Ok(()),
-                _ => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            }
+            let finalized = group.map_or(state.machine.is_finalized(), |group| group.is_finalized());
+            let reason = match (state.stopped, state.machine.is_cancelled(), finalized) {
+                (true, ..) => Err(Halt::Stopped),
+                (_, true, _) => Err(Halt::Cancelled),
+                (_, _, true) => Ok(()),
+                _ => {
+                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                    continue;
+                }
+            };
+            let all_well = group.map_or(reason.is_ok(), |group| group.decide(reason.is_ok()));
+            return match (all_well, reason) {
+                (false, Err(halt)) => Err(halt),
+                _ => {
+                    state.machine.settle(all_well);
+                    all_well.then_some(()).ok_or(Halt::Cancelled)
+                }
+            };
         }
+    }
+
+    /// Waits until all that it ends with have come as far as it has.
+    fn await_group(&self) -> std::result::Result<(), Halt> {
+        let Some(group) = &self.identity.group else { return Ok(()) };
+        group.arrive();
+        let mut state = self.state();
+        while !group.is_complete() {
+            match (state.stopped, state.machine.is_cancelled()) {
+                (true, _) => return Err(Halt::Stopped),
+                (false, true) => return Err(Halt::Cancelled),
+                (false, false) => {}
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
     }
 
     /// Tells of an error of I/O, and what becomes of it: QEMU's `BLOCK_JOB_ERROR`.

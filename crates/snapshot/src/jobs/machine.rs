@@ -127,6 +127,11 @@ impl Machine {
         self.cancelled
     }
 
+    /// It is decided whether its last step is done: what was asked to the contrary came too late.
+    pub(crate) fn settle(&mut self, all_well: bool) {
+        (self.finalized, self.cancelled) = (all_well, !all_well);
+    }
+
     /// Checks and notes what a client asks. The job itself follows when it next looks for a [`Wish`].
     pub(crate) fn ask(&mut self, id: &str, verb: Verb) -> Result<()> {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));

@@ -23,6 +23,7 @@
 
 mod commands;
 mod copy;
+mod group;
 mod hosted;
 mod job;
 mod machine;
@@ -36,6 +37,7 @@ mod tidy;
 mod work;
 mod world;
 
+pub use group::JobGroup;
 pub use hosted::{HostedJob, Labor, Seat};
 pub use job::{Halt, Job};
 pub use machine::Verb as JobVerb;

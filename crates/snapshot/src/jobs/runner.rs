@@ -258,6 +258,7 @@ impl Inner {
             auto_finalize: record.auto_finalize,
             auto_dismiss: record.auto_dismiss,
             client,
+            group: None,
         };
         let events = Arc::clone(&self.world.bus) as _;
         let job = Arc::new(Job::new(identity, record.speed, record.paused, events));
@@ -335,6 +336,7 @@ impl Inner {
         };
         if let Some(story) = &story {
             warn!(job = id, story, "the job did not succeed");
+            entry.job.call_off_group();
         }
         self.conclude(entry, story);
     }

@@ -1,0 +1,10 @@
+//! Backups as a program asks for them, over real files.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed step of a test ends it")]
+
+mod bench;
+mod ends;
+mod groups;
+mod instants;
+mod refusals;
+mod targets;
