@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use block::{ByteRange, Context, Error, ErrorKind, Result, Storage};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, fstatfs, seek};
@@ -36,6 +36,8 @@ pub struct Open {
     pub cache: Cache,
 }
 
+const NO_DATA: ByteRange = ByteRange { offset: 0, len: 0 };
+
 /// An open image file or block device, locked the way QEMU locks it, so that QEMU's tools and we refuse each other
 /// what would do harm.
 #[derive(Debug)]
@@ -46,6 +48,9 @@ pub struct HostFile {
     direct: Option<(File, NonZeroU32)>,
     is_device: bool,
     in_memory: bool,
+    /// Where the last question for data was answered. The kernel finds the end of data by walking over all of it, and who
+    /// reads a file in pieces would ask for the same end at each of them.
+    known_data: Mutex<ByteRange>,
 }
 
 impl HostFile {
@@ -98,7 +103,8 @@ impl HostFile {
             Cache::None => Some((open_direct(path, how.writable, &metadata)?, direct_alignment(&file)?)),
         };
         let in_memory = !is_device && direct.is_none() && is_tmpfs(&file)?;
-        Ok(Self { path: path.to_owned(), file, direct, is_device, in_memory })
+        let known_data = Mutex::new(NO_DATA);
+        Ok(Self { path: path.to_owned(), file, direct, is_device, in_memory, known_data })
     }
 
     /// Where the open file is, all links followed, as the kernel has it now. That is not where its path leads if somebody
@@ -223,6 +229,12 @@ impl Drop for Writing {
     }
 }
 
+impl HostFile {
+    fn set_known_data(&self, known: ByteRange) {
+        *self.known_data.lock().unwrap_or_else(PoisonError::into_inner) = known;
+    }
+}
+
 impl Storage for HostFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.file.read_exact_at(buf, offset).context(|| format!("read {} at {offset}", self.path.display()))
@@ -249,10 +261,12 @@ impl Storage for HostFile {
             let story = format!("{} is a device of {} bytes", self.path.display(), self.len()?);
             return Err(Error::new(ErrorKind::Unsupported, story));
         }
+        self.set_known_data(NO_DATA);
         self.file.set_len(len).context(|| format!("resize {} to {len}", self.path.display()))
     }
 
     fn punch_hole(&self, range: ByteRange) -> Result<()> {
+        self.set_known_data(NO_DATA);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, flags, range.offset, range.len)
             .map_err(|errno| match errno {
@@ -265,6 +279,11 @@ impl Storage for HostFile {
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<ByteRange>> {
+        // Another handle may have made a hole there since: what may hold data is asked for.
+        let known = *self.known_data.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(len) = known.end().checked_sub(offset).filter(|len| *len > 0 && offset >= known.offset) {
+            return Ok(Some(ByteRange { offset, len }));
+        }
         let len = self.len()?;
         if offset >= len {
             return Ok(None);
@@ -278,7 +297,9 @@ impl Storage for HostFile {
             Err(errno) => return Err(std::io::Error::from(errno).into()),
         };
         let end = seek(&self.file, SeekFrom::Hole(start)).map_err(std::io::Error::from)?;
-        Ok(Some(ByteRange { offset: start, len: end - start }))
+        let found = ByteRange { offset: start, len: end.saturating_sub(start) };
+        self.set_known_data(found);
+        Ok(Some(found))
     }
 
     fn fd(&self) -> Option<BorrowedFd<'_>> {
@@ -309,6 +330,8 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         assert_eq!(file.next_data(0).unwrap(), None);
         file.write_at(&[1; 65536], 65536).unwrap();
+        assert_eq!(file.next_data(0).unwrap(), ByteRange::new(65536, 65536));
+        assert_eq!(file.next_data(65536 + 4096).unwrap(), ByteRange::new(65536 + 4096, 65536 - 4096));
         assert_eq!(file.next_data(0).unwrap(), ByteRange::new(65536, 65536));
         file.punch_hole(ByteRange { offset: 65536, len: 65536 }).unwrap();
         assert_eq!(file.next_data(0).unwrap(), None);

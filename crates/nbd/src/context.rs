@@ -100,18 +100,33 @@ impl MetaContext for Allocation {
 
 /// Tells of bytes in a host file, which may have holes itself.
 fn data(storage: &dyn Storage, range: ByteRange, out: &mut Extents) -> Result<bool> {
+    let mut wanted = true;
+    holes(storage, range, |part, is_hole| {
+        wanted = out.push(part.len, if is_hole { STATE_HOLE | STATE_ZERO } else { 0 });
+        Ok(wanted)
+    })?;
+    Ok(wanted)
+}
+
+/// Calls `tell` with each part of a range of a host file, in order, and whether it is a hole, until `tell` wants no more.
+pub(crate) fn holes(
+    storage: &dyn Storage,
+    range: ByteRange,
+    mut tell: impl FnMut(ByteRange, bool) -> Result<bool>,
+) -> Result<()> {
     let mut rest = range;
     while rest.len > 0 {
         let next = storage.next_data(rest.offset)?;
         let start = next.map_or(rest.end(), |data| data.offset.clamp(rest.offset, rest.end()));
         let end = next.map_or(rest.end(), |data| data.end().clamp(start, rest.end()));
-        let hole = start - rest.offset;
-        if (hole > 0 && !out.push(hole, STATE_HOLE | STATE_ZERO)) || !out.push(end - start, 0) {
-            return Ok(false);
+        for (from, to, is_hole) in [(rest.offset, start, true), (start, end, false)] {
+            if to > from && !tell(ByteRange { offset: from, len: to - from }, is_hole)? {
+                return Ok(());
+            }
         }
         rest = ByteRange { offset: end, len: rest.end() - end };
     }
-    Ok(true)
+    Ok(())
 }
 
 /// A walk over a chain: which layer holds what.

@@ -2,9 +2,9 @@
 
 use std::io::{self, IoSlice};
 
-use block::{ByteRange, Error, ErrorKind, Result, Source, blocking, write_disk};
+use block::{ByteRange, Error, ErrorKind, Extent, Result, Source, blocking, write_disk};
 
-use crate::context::Extents;
+use crate::context::{Extents, holes};
 use crate::negotiate::MAX_PAYLOAD;
 use crate::proto::Errno;
 use crate::proto::reply::{Style, To};
@@ -17,6 +17,8 @@ type Answer<T> = std::result::Result<T, Errno>;
 
 /// Zeroes between data that are fewer are sent as data: to name them costs more.
 const MIN_HOLE: u64 = 4096;
+/// Pieces of a host file that are shorter are read without asking where its holes are: to ask costs more than to read.
+const MIN_SEARCH: u64 = 64 * 1024;
 /// Runs of status in one chunk: a quarter of a MiB of them.
 const MAX_EXTENTS: usize = 16 * 1024;
 /// How much is trimmed or zeroed at once, so that a connection that is cut off ends soon.
@@ -213,20 +215,12 @@ impl Transmission {
         let mut found = Vec::new();
         let resolved = self.export.disk().resolve_read(range, &mut found);
         resolved.map_err(|error| self.failed(&error))?;
-        let mut chunks = Vec::new();
-        let mut at = 0_usize;
-        for extent in found {
-            let len = usize::try_from(extent.len).unwrap_or(usize::MAX);
-            let part = at.checked_add(len).and_then(|end| bytes.get_mut(at..end)).ok_or(Errno::Io)?;
-            let is_hole = sparse && extent.len >= MIN_HOLE && matches!(extent.source, Source::Zero);
-            if !is_hole {
-                load(&extent.source, part).map_err(|error| self.failed(&error))?;
-            }
-            push_chunk(&mut chunks, at, len, is_hole);
-            at += len;
+        let mut filling = Filling { bytes, at: 0, chunks: Vec::new() };
+        for extent in &found {
+            filling.extent(extent, sparse).map_err(|error| self.failed(&error))?;
         }
         // A disk that told of less than it was asked for.
-        if at == bytes.len() { Ok(chunks) } else { Err(Errno::Io) }
+        if filling.at == filling.bytes.len() { Ok(filling.chunks) } else { Err(Errno::Io) }
     }
 
     fn block_status(&self, to: To, range: ByteRange, one: bool) -> io::Result<()> {
@@ -269,18 +263,63 @@ impl Transmission {
     }
 }
 
-/// The bytes of an extent.
-fn load(source: &Source, part: &mut [u8]) -> Result<()> {
-    match source {
-        Source::Zero => part.fill(0),
-        Source::File { storage, offset } => storage.read_at(part, *offset)?,
-        Source::Bytes { bytes, offset } => {
-            let found = bytes.get(*offset..).and_then(|bytes| bytes.get(..part.len()));
-            let too_short = || Error::new(ErrorKind::Corrupt, "an extent is longer than its bytes");
-            part.copy_from_slice(found.ok_or_else(too_short)?);
+/// Bytes of a disk on their way to a buffer.
+struct Filling<'a> {
+    bytes: &'a mut [u8],
+    /// So many are there.
+    at: usize,
+    chunks: Vec<Chunk>,
+}
+
+impl Filling<'_> {
+    /// The next extent: read, but for its holes if they may be `sparse`.
+    fn extent(&mut self, extent: &Extent, sparse: bool) -> Result<()> {
+        let len = extent.len;
+        match &extent.source {
+            Source::Zero => self.hole(len, sparse),
+            Source::File { storage, offset } if sparse && len >= MIN_SEARCH => {
+                holes(&**storage, ByteRange { offset: *offset, len }, |part, is_hole| {
+                    match is_hole {
+                        true => self.hole(part.len, sparse)?,
+                        false => self.data(part.len, |bytes| storage.read_at(bytes, part.offset))?,
+                    }
+                    Ok(true)
+                })
+            }
+            Source::File { storage, offset } => self.data(len, |bytes| storage.read_at(bytes, *offset)),
+            Source::Bytes { bytes, offset } => self.data(len, |part| {
+                let found = bytes.get(*offset..).and_then(|bytes| bytes.get(..part.len()));
+                let too_short = || Error::new(ErrorKind::Corrupt, "an extent is longer than its bytes");
+                part.copy_from_slice(found.ok_or_else(too_short)?);
+                Ok(())
+            }),
         }
     }
-    Ok(())
+
+    fn hole(&mut self, len: u64, sparse: bool) -> Result<()> {
+        match sparse && len >= MIN_HOLE {
+            true => self.add(len, true, |_| Ok(())),
+            false => self.data(len, |part| {
+                part.fill(0);
+                Ok(())
+            }),
+        }
+    }
+
+    fn data(&mut self, len: u64, load: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        self.add(len, false, load)
+    }
+
+    fn add(&mut self, len: u64, is_hole: bool, load: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
+        let too_long = || Error::new(ErrorKind::Corrupt, "a disk told of more than it was asked for");
+        let end = usize::try_from(len).ok().and_then(|len| self.at.checked_add(len));
+        let part = end.and_then(|end| self.bytes.get_mut(self.at..end)).ok_or_else(too_long)?;
+        load(part)?;
+        let len = part.len();
+        push_chunk(&mut self.chunks, self.at, len, is_hole);
+        self.at += len;
+        Ok(())
+    }
 }
 
 /// The beginning of the buffer, `len` bytes; it grows to no more than a piece.

@@ -234,3 +234,29 @@ fn status_is_told_of_each_selected_context() {
         assert_eq!(client.error(0, command::BLOCK_STATUS, 1, SIZE as u64), INVAL);
     }
 }
+
+#[test]
+fn holes_of_a_raw_file_are_not_sent_and_not_read() {
+    const DATA: u64 = 1 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let file = hostio::HostFile::create(&folder.path().join("raw"), hostio::Cache::Writeback).unwrap();
+    file.set_len(SIZE as u64).unwrap();
+    file.write_at(&[7; 65536], DATA).unwrap();
+    let rig = Rig::new(Config::default(), Arc::new(file));
+    let mut expected = vec![0; SIZE];
+    expected[DATA as usize..DATA as usize + 65536].fill(7);
+    for style in STYLES {
+        let mut client = rig.client(style);
+        // From its beginning, and from within the data.
+        for offset in [0, DATA + 4096] {
+            let len = SIZE - offset as usize;
+            let answer = client.ask(0, command::READ, offset, len as u64).unwrap();
+            let base = if style == Style::Simple { 0 } else { offset };
+            assert!(answer.bytes(base, len) == expected[offset as usize..], "{style:?}");
+            let data: usize =
+                answer.content.iter().filter_map(|(_, part)| Some(part.as_ref().ok()?.len())).sum();
+            let least = if style == Style::Simple { len } else { (DATA + 65536 - offset.max(DATA)) as usize };
+            assert_eq!(data, least, "{style:?}");
+        }
+    }
+}
