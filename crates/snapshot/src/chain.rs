@@ -1,7 +1,7 @@
 //! A chain: one disk's layers, served as one disk whose active layer can be switched in an instant.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Poll, Waker};
 
 use arc_swap::ArcSwapOption;
@@ -18,6 +18,8 @@ use crate::model::{DiskLayer, DiskStatus};
 ///
 /// # Invariants
 /// - `active` is switched only while the gate is closed and drained: no request sees it change.
+/// - What a job gives back is not used again while a map names it: [`relayer`](Self::relayer), before the next job, begins
+///   all maps anew, that of the chain and those of its views.
 /// - While a layer is *sealing* (its snapshot is taken, its sync not done), a guest's flush syncs it too: the guest's
 ///   promise does not wait for ours.
 #[derive(Debug)]
@@ -33,8 +35,17 @@ pub struct Chain {
     active: ArcSwapOption<Active>,
     /// The base first, the active layer last. Held only by the control plane.
     layers: Mutex<Vec<Arc<Layer>>>,
+    /// Frozen layers that are read as they are, by whom it may be, each through one stack.
+    views: Mutex<Vec<View>>,
     /// Held by whoever does the seal of a layer.
     seals: Mutex<()>,
+}
+
+/// A frozen layer with all beneath it, as long as somebody reads that.
+#[derive(Debug)]
+struct View {
+    layer: Weak<Layer>,
+    stack: Weak<Stack>,
 }
 
 #[derive(Debug)]
@@ -61,6 +72,7 @@ impl Chain {
             connected: AtomicBool::new(false),
             active: ArcSwapOption::empty(),
             layers: Mutex::default(),
+            views: Mutex::default(),
             seals: Mutex::default(),
         };
         chain.attach(layers)?;
@@ -171,6 +183,24 @@ impl Chain {
         Ok(())
     }
 
+    /// The disk as a frozen layer of this chain shows it. All who read it share a map, whose memory is theirs: they do not
+    /// crowd out what the guest uses.
+    pub(crate) fn view(&self, layer: &Arc<Layer>, how: Opening) -> Arc<Stack> {
+        let mut views = self.views();
+        let is_of = |view: &&View| Weak::as_ptr(&view.layer) == Arc::as_ptr(layer);
+        if let Some(stack) = views.iter().find(is_of).and_then(|view| view.stack.upgrade()) {
+            return stack;
+        }
+        views.retain(|view| view.stack.strong_count() > 0);
+        let stack = Arc::new(layer.view(how.view_bytes()));
+        views.push(View { layer: Arc::downgrade(layer), stack: Arc::downgrade(&stack) });
+        stack
+    }
+
+    fn views(&self) -> MutexGuard<'_, Vec<View>> {
+        self.views.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Shows these layers from now on, which read the same as those before, and all of which are open: a job has moved
     /// data between them. The active one stays. Not while a cut is under way, whose overlay was opened over the layers as
     /// they were.
@@ -183,6 +213,10 @@ impl Chain {
             stack = layer.stack();
         }
         *self.layers() = layers;
+        // Those who read layers that went go on with them.
+        for view in self.views().iter().filter_map(|view| view.stack.upgrade()) {
+            view.replace(&Stack::new(view.layers(), how.view_bytes()));
+        }
     }
 
     /// Makes the disk larger, by zeroes, while it is served; durable when it returns. `capacity` has been checked. No cut

@@ -32,6 +32,9 @@ pub(crate) const JOB_TABLE_BYTES: u64 = 1 << 20;
 /// What a disk's metadata cache is where nobody says otherwise, in bytes.
 pub const DEFAULT_METADATA_CACHE: u64 = 64 << 20;
 
+/// Bytes that the map of a snapshot that is read takes at most, for all who read it.
+const MAX_VIEW_BYTES: u64 = 16 << 20;
+
 /// How the images of a disk are opened.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Opening {
@@ -48,6 +51,11 @@ impl Opening {
     /// The share of the stack's map.
     pub(crate) fn map_bytes(self) -> u64 {
         self.metadata_cache / 2
+    }
+
+    /// What the map of each snapshot that is read may take besides, as long as it is read.
+    pub(crate) fn view_bytes(self) -> u64 {
+        self.map_bytes().min(MAX_VIEW_BYTES)
     }
 
     /// The share of the active image's own tables.
@@ -171,11 +179,11 @@ impl Layer {
         self.beneath.with_layer(Arc::clone(self) as _)
     }
 
-    /// The disk as this layer shows it, without a map: for whoever reads a snapshot for long, while jobs come and go that
-    /// move what it holds, and for a layer on this one while this one is being written.
-    pub(crate) fn view(self: &Arc<Self>) -> Stack {
+    /// The disk as this layer shows it, with a map of its own of so many bytes: for who reads a snapshot, and with none for
+    /// a layer on this one while this one is being written.
+    pub(crate) fn view(self: &Arc<Self>, map_bytes: u64) -> Stack {
         let own = Arc::clone(self) as Arc<dyn block::Layer>;
-        Stack::new(self.beneath.layers().into_iter().chain([own]).collect(), 0)
+        Stack::new(self.beneath.layers().into_iter().chain([own]).collect(), map_bytes)
     }
 
     /// What is beneath it.

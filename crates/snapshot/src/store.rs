@@ -238,7 +238,7 @@ impl Store {
                 _ => Access::Read,
             };
             let layer = Arc::new(Layer::open(id, entry, beneath, how, access)?);
-            let stack = if is_writable { layer.view() } else { layer.stack() };
+            let stack = if is_writable { layer.view(0) } else { layer.stack() };
             beneath = Beneath::Layers(Arc::new(stack));
             layers.push(layer);
         }

@@ -1,6 +1,6 @@
 use std::sync::Weak;
 
-use block::{read_disk, write_disk};
+use block::{blocking, read_disk, write_disk};
 use hostio::HostFile;
 use tempfile::TempDir;
 
@@ -84,7 +84,7 @@ fn each_snapshot_of_a_long_chain_reads_as_the_disk_did() {
     assert!(bench.bytes() == *held.last().unwrap());
     let layers = bench.chain.layers().clone();
     for (layer, held) in layers.iter().zip(&held) {
-        assert!(bytes(&layer.view()) == *held, "{:?}", layer.entry);
+        assert!(bytes(&*bench.chain.view(layer, HOW)) == *held, "{:?}", layer.entry);
     }
     // And the same if the chain is opened anew, all at once.
     drop(layers);
@@ -92,7 +92,7 @@ fn each_snapshot_of_a_long_chain_reads_as_the_disk_did() {
     bench.chain.detach();
     let layers = bench.store.open_layers("vda", 41, HOW, None).unwrap();
     for (layer, held) in layers.iter().zip(&held) {
-        assert!(bytes(&layer.view()) == *held, "{:?}", layer.entry);
+        assert!(bytes(&layer.view(0)) == *held, "{:?}", layer.entry);
         assert!(bytes(&*layer.disk()) == *held, "an old view, by way of the map of all: {:?}", layer.entry);
     }
 }
@@ -124,6 +124,41 @@ fn a_chain_takes_over_other_layers_and_lets_go_of_the_old_ones() {
     bench.cut();
     let after = bench.bytes();
     assert!(after[4096..] == before[4096..] && after[..4096] == [5; 4096]);
+}
+
+/// A map names where the bytes are; room that a job gave back keeps them until the next job takes it.
+#[test]
+fn the_map_of_who_reads_a_snapshot_begins_anew_before_room_is_used_again() {
+    use crate::layer::{Access, JOB_TABLE_BYTES};
+    const CLUSTER: u64 = 128 << 10;
+    let bench = Bench::new();
+    bench.cut();
+    write_disk(&bench.chain, 0, &[1; CLUSTER as usize]).unwrap();
+    bench.cut();
+    let layer = Arc::clone(&bench.chain.layers()[1]);
+    let view = bench.chain.view(&layer, HOW);
+    assert!(Arc::ptr_eq(&view, &bench.chain.view(&layer, HOW)), "all who read it share a map");
+    let before = bytes(&*view);
+    let job = |work: &dyn Fn(&dyn Disk)| {
+        layer
+            .begin_writing("vda", JOB_TABLE_BYTES, Access::Job { journals: bench.store.journals() })
+            .unwrap();
+        work(&*layer.disk());
+        layer.seal();
+        layer.flush().unwrap();
+        bench.store.layer_sealed("vda", &layer).unwrap();
+    };
+    // The same bytes at another place.
+    job(&|disk| {
+        blocking(|waker| disk.discard(ByteRange { offset: 0, len: CLUSTER }, waker)).unwrap();
+        write_disk(disk, 0, &[1; CLUSTER as usize]).unwrap();
+    });
+    let layers = bench.chain.layers().clone();
+    bench.chain.relayer(layers, HOW);
+    job(&|disk| {
+        (1..8).for_each(|cluster| write_disk(disk, cluster * CLUSTER, &[2; CLUSTER as usize]).unwrap());
+    });
+    assert!(bytes(&*view)[..CLUSTER as usize] == before[..CLUSTER as usize]);
 }
 
 #[test]

@@ -13,8 +13,12 @@ use crate::manifest::{LayerEntry, Manifest};
 impl Manager {
     /// Begins to delete a snapshot, while the guest runs; the job's id. What the disks and other snapshots show does not
     /// change.
+    ///
+    /// Errors: [`ErrorKind::Busy`] while somebody reads it. Who begins to later makes the job wait at its end.
     pub fn delete(&self, request: DeleteRequest) -> Result<String> {
         self.show(&request.name)?;
+        // Not begun, to wait for somebody who may read as long as he likes.
+        self.readers.check_unread(&request.name)?;
         let usual = format!("delete-{}", request.name);
         self.jobs.begin(Task::Delete { snapshot: request.name }, request.options, &usual, false)
     }

@@ -77,43 +77,58 @@ impl World {
 
 /// Who reads which snapshot, so that none is changed under its reader.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Readers(Arc<Mutex<BTreeMap<String, usize>>>);
+pub(crate) struct Readers(Arc<Mutex<BTreeMap<String, Holders>>>);
+
+/// Who has a snapshot.
+#[derive(Debug)]
+enum Holders {
+    /// These read it, as clients are told of them. Not empty.
+    Readers(Vec<String>),
+    /// Nobody reads it, nor may.
+    Closed,
+}
 
 /// One who reads a snapshot, as long as this lives; or one who keeps others from it.
 #[derive(Debug)]
 pub(crate) struct Reading {
     readers: Readers,
     snapshot: String,
+    /// `None` for one who keeps others from it.
+    who: Option<String>,
 }
 
-/// So many readers: nobody may become one.
-const CLOSED: usize = usize::MAX;
-
 impl Readers {
-    fn counts(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
+    fn holders(&self) -> MutexGuard<'_, BTreeMap<String, Holders>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Enters a reader. It then looks whether the snapshot is there.
-    pub(crate) fn enter(&self, snapshot: &str) -> Result<Reading> {
-        let mut counts = self.counts();
-        let count = counts.entry(snapshot.to_owned()).or_default();
-        if *count == CLOSED {
-            let story = format!("snapshot '{snapshot}' is just being deleted");
-            return Err(Error::new(ErrorKind::Busy, story));
+    /// Enters a reader, by words that go on "is being read by". It then looks whether the snapshot is there.
+    pub(crate) fn enter(&self, snapshot: &str, who: &str) -> Result<Reading> {
+        let mut holders = self.holders();
+        let held = holders.entry(snapshot.to_owned()).or_insert_with(|| Holders::Readers(Vec::new()));
+        match held {
+            Holders::Closed => {
+                let story = format!("snapshot '{snapshot}' is just being deleted");
+                return Err(Error::new(ErrorKind::Busy, story));
+            }
+            Holders::Readers(readers) => readers.push(who.to_owned()),
         }
-        *count += 1;
-        Ok(Reading { readers: self.clone(), snapshot: snapshot.to_owned() })
+        Ok(Reading { readers: self.clone(), snapshot: snapshot.to_owned(), who: Some(who.to_owned()) })
     }
 
     /// Whether somebody reads this snapshot just now.
     pub(crate) fn is_read(&self, snapshot: &str) -> bool {
-        self.counts().contains_key(snapshot)
+        self.holders().contains_key(snapshot)
+    }
+
+    /// Refuses, with who it is, if somebody reads this snapshot.
+    pub(crate) fn check_unread(&self, snapshot: &str) -> Result<()> {
+        check_unread(&self.holders(), snapshot)
     }
 
     /// Waits until nobody reads a snapshot, and says whether that came to be in time.
     pub(crate) fn wait_for_none(&self, deadline: Instant) -> bool {
-        while !self.counts().is_empty() {
+        while !self.holders().is_empty() {
             if Instant::now() >= deadline {
                 return false;
             }
@@ -124,24 +139,35 @@ impl Readers {
 
     /// Keeps readers away, for as long as what this returns lives. Refuses if there is one.
     pub(crate) fn close(&self, snapshot: &str) -> Result<Reading> {
-        let mut counts = self.counts();
-        if counts.contains_key(snapshot) {
-            let story =
-                format!("snapshot '{snapshot}' is being read (an export or a probe): try again after it");
-            return Err(Error::new(ErrorKind::Busy, story));
-        }
-        counts.insert(snapshot.to_owned(), CLOSED);
-        Ok(Reading { readers: self.clone(), snapshot: snapshot.to_owned() })
+        let mut holders = self.holders();
+        check_unread(&holders, snapshot)?;
+        holders.insert(snapshot.to_owned(), Holders::Closed);
+        Ok(Reading { readers: self.clone(), snapshot: snapshot.to_owned(), who: None })
     }
+}
+
+fn check_unread(holders: &BTreeMap<String, Holders>, snapshot: &str) -> Result<()> {
+    let story = match holders.get(snapshot) {
+        None => return Ok(()),
+        Some(Holders::Closed) => format!("snapshot '{snapshot}' is just being deleted"),
+        Some(Holders::Readers(readers)) => {
+            format!("snapshot '{snapshot}' is being read by {}: try again after it", readers.join(", "))
+        }
+    };
+    Err(Error::new(ErrorKind::Busy, story))
 }
 
 impl Drop for Reading {
     fn drop(&mut self) {
-        let mut counts = self.readers.counts();
-        match counts.get_mut(&self.snapshot) {
-            Some(count) if *count > 1 && *count != CLOSED => *count -= 1,
-            _ => drop(counts.remove(&self.snapshot)),
+        let mut holders = self.readers.holders();
+        if let (Some(who), Some(Holders::Readers(readers))) = (&self.who, holders.get_mut(&self.snapshot)) {
+            let place = readers.iter().position(|reader| reader == who);
+            place.map(|place| readers.swap_remove(place));
+            if !readers.is_empty() {
+                return;
+            }
         }
+        holders.remove(&self.snapshot);
     }
 }
 
@@ -152,16 +178,18 @@ mod tests {
     #[test]
     fn a_snapshot_that_is_read_is_not_closed_and_one_that_is_closed_is_not_read() {
         let readers = Readers::default();
-        let (first, second) = (readers.enter("a").unwrap(), readers.enter("a").unwrap());
+        let (first, second) = (readers.enter("a", "x").unwrap(), readers.enter("a", "y").unwrap());
         drop(first);
         assert!(readers.is_read("a") && !readers.is_read("b"));
-        assert_eq!(readers.close("a").unwrap_err().kind(), ErrorKind::Busy);
+        let refused = readers.close("a").unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Busy);
+        assert!(refused.to_string().contains("read by y:"), "{refused}");
         readers.close("b").unwrap();
         drop(second);
         let closed = readers.close("a").unwrap();
-        assert_eq!(readers.enter("a").unwrap_err().kind(), ErrorKind::Busy);
+        assert_eq!(readers.enter("a", "z").unwrap_err().kind(), ErrorKind::Busy);
         assert!(readers.close("a").is_err());
         drop(closed);
-        readers.enter("a").unwrap();
+        readers.enter("a", "z").unwrap();
     }
 }

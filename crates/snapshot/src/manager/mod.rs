@@ -90,7 +90,7 @@ pub struct Manager {
     chains: Arc<Mutex<()>>,
     /// Held, after `chains`, by whoever closes images, and by housekeeping while it flushes them.
     images: Arc<Mutex<()>>,
-    readers: Readers,
+    pub(crate) readers: Readers,
     /// Whoever reads a snapshot shall stop.
     ending: AtomicBool,
     /// The gates of all disks, held while they stand still.
@@ -196,8 +196,12 @@ impl Manager {
 
     /// The chain of a disk that is served, for the device.
     pub fn chain(&self, id: &str) -> Result<&Arc<Chain>> {
+        self.served(id).map(|disk| &disk.chain)
+    }
+
+    pub(crate) fn served(&self, id: &str) -> Result<&Served> {
         let story = || Error::new(ErrorKind::NotFound, format!("disk '{id}' is not served"));
-        self.disks.get(id).map(|disk| &disk.chain).ok_or_else(story)
+        self.disks.get(id).ok_or_else(story)
     }
 
     /// All events from now on. A listener that lets 1024 wait misses some.

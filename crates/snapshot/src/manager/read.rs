@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Manager;
 use crate::export::{self, Progress};
+use crate::group::Served;
 use crate::jobs::Reading;
 use crate::layer::Opening;
 use crate::model::{ImageFormat, SnapshotDisk, SnapshotRecord};
@@ -45,9 +46,9 @@ impl SnapshotReader {
 }
 
 impl Manager {
-    /// Opens one disk of a snapshot to read.
-    pub fn reader(&self, name: &str, disk: &str) -> Result<SnapshotReader> {
-        let reading = self.readers.enter(name)?;
+    /// Opens one disk of a snapshot to read. Who would delete it is told that it is being read by `who`.
+    pub fn reader(&self, name: &str, disk: &str, who: &str) -> Result<SnapshotReader> {
+        let reading = self.readers.enter(name, who)?;
         Ok(SnapshotReader { disk: self.snapshot_disk(name, disk)?, _reading: reading })
     }
 
@@ -73,7 +74,7 @@ impl Manager {
 
     /// Reads the file systems' super-blocks in a snapshot.
     pub fn probe(&self, name: &str) -> Result<Vec<DiskProbe>> {
-        let _reading = self.readers.enter(name)?;
+        let _reading = self.readers.enter(name, "a probe")?;
         let disks = self.show(name)?.disks;
         let probe = |disk: SnapshotDisk| {
             let volumes = probe::probe(&*self.snapshot_disk(name, &disk.id)?)?;
@@ -92,7 +93,7 @@ impl Manager {
         format: ImageFormat,
         progress: Progress<'_>,
     ) -> Result<()> {
-        let _reading = self.readers.enter(name)?;
+        let _reading = self.readers.enter(name, &format!("an export to {}", out.display()))?;
         let mut go_on = |done, total| match self.is_ending() {
             true => ControlFlow::Break(()),
             false => progress(done, total),
@@ -110,10 +111,16 @@ impl Manager {
         };
         let maintained = || Error::new(ErrorKind::Busy, format!("disk {id} is being maintained"));
         let (index, number) = held.ok_or_else(maintained)?;
-        let layer = match self.disks.get(id) {
-            Some(disk) => disk.chain.layers().iter().find(|layer| layer.entry.number == number).cloned(),
-            None => self.store.open_layers(id, index + 1, Opening::OFFLINE, None)?.pop(),
-        };
-        Ok(Arc::new(layer.ok_or_else(maintained)?.view()))
+        match self.disks.get(id) {
+            Some(Served { chain, how, .. }) => {
+                let layer = chain.layers().iter().find(|layer| layer.entry.number == number).cloned();
+                Ok(chain.view(&layer.ok_or_else(maintained)?, *how))
+            }
+            None => {
+                let how = Opening::OFFLINE;
+                let layer = self.store.open_layers(id, index + 1, how, None)?.pop();
+                Ok(Arc::new(layer.ok_or_else(maintained)?.view(how.view_bytes())))
+            }
+        }
     }
 }

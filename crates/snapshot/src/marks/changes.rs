@@ -70,6 +70,9 @@ impl From<DirtyBitmap> for Changes {
     }
 }
 
+/// Bits files, of which a `None` is lost, and layers, the lowest first.
+pub(super) type Telling = (Vec<Option<u64>>, Vec<Arc<Layer>>);
+
 /// One disk's layers and marks, at one time.
 pub(super) struct Look<'a> {
     pub(super) store: &'a Store,
@@ -137,17 +140,23 @@ impl<'a> Look<'a> {
     ///
     /// Errors: [`ErrorKind::Corrupt`] if that is not known any more.
     pub(super) fn add_changes(&self, into: &DirtyBitmap, from: Instant, to: Boundary) -> Result<()> {
-        let history = &self.manifest.disk(self.id)?.marks.history;
-        let cover = history.between(&numbers(&self.layers), from.boundary, to);
-        for file in cover.bits {
-            let lost = || Error::new(ErrorKind::Corrupt, "a part of the changes is lost");
+        let (files, layers) = self.cover(from, to)?;
+        for file in files {
             bits::add(into, &self.store.bits().load(file.ok_or_else(lost)?)?);
         }
-        for layer in self.layers.iter().filter(|layer| cover.layers.contains(&layer.entry.number)) {
-            bits::add_layer::<Error>(into, &**layer as &dyn block::Layer, &mut || Ok(()))?;
+        for layer in layers {
+            bits::add_layer::<Error>(into, &*layer as &dyn block::Layer, &mut || Ok(()))?;
         }
         into.mark(ByteRange { offset: from.capacity, len: into.capacity().saturating_sub(from.capacity) });
         Ok(())
+    }
+
+    /// What tells what changed between two instants.
+    pub(super) fn cover(&self, from: Instant, to: Boundary) -> Result<Telling> {
+        let history = &self.manifest.disk(self.id)?.marks.history;
+        let cover = history.between(&numbers(&self.layers), from.boundary, to);
+        let is_part = |layer: &&Arc<Layer>| cover.layers.contains(&layer.entry.number);
+        Ok((cover.bits, self.layers.iter().filter(is_part).cloned().collect()))
     }
 
     /// All of that as an answer. `granularity` is in bytes; the finest there is if `None`.
@@ -171,6 +180,11 @@ impl<'a> Look<'a> {
         Instant { boundary: NOW, capacity: self.capacity }
     }
 
+    /// The number of the active layer.
+    pub(super) fn active(&self) -> Option<u32> {
+        self.layers.last().map(|layer| layer.entry.number)
+    }
+
     /// The layer beneath the active one, and the boundary above it: the instant of the last cut.
     pub(super) fn last_cut(&self) -> Result<(&Arc<Layer>, Instant)> {
         let missing = || Error::new(ErrorKind::Busy, format!("disk {} has no layer beneath", self.id));
@@ -179,6 +193,10 @@ impl<'a> Look<'a> {
         let entry = entries.iter().find(|entry| entry.number == held.entry.number).ok_or_else(missing)?;
         Ok((held, Instant { boundary: entry.boundary(), capacity: self.capacity }))
     }
+}
+
+pub(super) fn lost() -> Error {
+    Error::new(ErrorKind::Corrupt, "a part of the changes is lost")
 }
 
 /// Log2 of a granularity that a client gave.

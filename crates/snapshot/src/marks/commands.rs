@@ -11,6 +11,7 @@ use super::changes::Look;
 use super::cutting::Pin;
 use super::draft::Draft;
 use super::entry::BitmapEntry;
+use super::tally::Tallies;
 use crate::group::Served;
 use crate::manager::Manager;
 use crate::store::Store;
@@ -20,6 +21,7 @@ use crate::store::Store;
 pub(crate) struct Marks {
     pub(super) busy: Busy,
     pub(super) next_pin: AtomicU64,
+    tallies: Tallies,
 }
 
 /// A bitmap that an operation uses: nobody else may, until this is dropped.
@@ -59,22 +61,36 @@ impl Drop for BitmapLock {
 impl Manager {
     /// A disk's dirty bitmaps.
     pub fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapInfo>> {
-        let draft = Draft::new(&self.store);
-        let bitmaps = &draft.manifest.disk(disk)?.marks.bitmaps;
-        if bitmaps.is_empty() {
-            return Ok(Vec::new());
-        }
-        let look = Look::new(&self.store, &draft.manifest, &self.disks, disk)?;
-        bitmaps.iter().map(|entry| self.info(&look, entry)).collect()
+        let tallies = &self.marks.tallies;
+        let begun: Vec<_> = {
+            let draft = Draft::new(&self.store);
+            let bitmaps = &draft.manifest.disk(disk)?.marks.bitmaps;
+            tallies.keep(disk, bitmaps);
+            if bitmaps.is_empty() {
+                return Ok(Vec::new());
+            }
+            let look = Look::new(&self.store, &draft.manifest, &self.disks, disk)?;
+            bitmaps.iter().map(|entry| (entry.clone(), tallies.begin(&look, entry))).collect()
+        };
+        let counted = begun
+            .into_iter()
+            .map(|(entry, tally)| self.info(disk, &entry, tally.and_then(|tally| tally.count(tallies))));
+        counted.collect()
     }
 
-    fn info(&self, look: &Look<'_>, entry: &BitmapEntry) -> Result<BitmapInfo> {
-        let (count, inconsistent) = match dirty(look, entry, look.now()) {
-            Ok(dirty) => (dirty.dirty_bytes(), false),
+    /// Whether a disk has a dirty bitmap of that name.
+    pub fn has_bitmap(&self, disk: &str, name: &str) -> Result<bool> {
+        let manifest = self.store.manifest();
+        Ok(manifest.disk(disk)?.marks.bitmaps.iter().any(|entry| entry.name == name))
+    }
+
+    fn info(&self, disk: &str, entry: &BitmapEntry, counted: Result<u64>) -> Result<BitmapInfo> {
+        let (count, inconsistent) = match counted {
+            Ok(count) => (count, false),
             Err(error) if error.kind() == ErrorKind::Corrupt => (0, true),
             Err(error) => return Err(error),
         };
-        let name = BitmapName { disk: look.id.to_owned(), name: entry.name.clone() };
+        let name = BitmapName { disk: disk.to_owned(), name: entry.name.clone() };
         Ok(BitmapInfo {
             count,
             granularity: entry.granularity,

@@ -171,7 +171,8 @@ impl Manager {
         let entry = self.marks.next_pin.fetch_add(1, Ordering::Relaxed);
         let holder = held.entry.number;
         self.store.change_pins(|pins| pins.push(PinEntry { id: entry, disk: id.to_owned(), holder }));
-        let disk = Arc::new(held.view());
+        let served = self.served(id)?;
+        let disk = served.chain.view(held, served.how);
         Ok(Pin { store: Arc::clone(&self.store), entry, id: id.to_owned(), instant, disk })
     }
 }

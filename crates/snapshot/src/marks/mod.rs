@@ -37,6 +37,7 @@ mod draft;
 mod entry;
 mod files;
 mod history;
+mod tally;
 
 pub use bitmap::{BitmapInfo, BitmapName, DEFAULT_GRANULARITY, MarkChange};
 pub use changes::{Changes, Point};

@@ -36,18 +36,20 @@ fn a_snapshot_goes_only_when_nobody_reads_it_any_more() {
         places.into_iter().for_each(|place| stamp(&manager, "vda", place, name.as_bytes()[1]));
         snapshot(&manager, name);
     }
-    let (out, mut id) = (bench.path("out"), None);
+    let out = bench.path("out");
+    let id = begin_delete(&manager, "s1", 1);
+    let mut is_begun = false;
     manager
         .export("s1", "vda", &out, ImageFormat::Raw, &mut |_, _| {
-            if id.is_none() {
-                let id = id.insert(begin_delete(&manager, "s1", 0));
+            if !std::mem::replace(&mut is_begun, true) {
+                manager.set_job_speed(&id, 0).unwrap();
                 let begun = Instant::now();
                 let is_over = || manager.jobs().iter().all(|job| job.status == JobStatus::Concluded);
                 while !is_over() && begun.elapsed() < Duration::from_millis(300) {
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 if is_over() {
-                    finish(&manager, id).unwrap();
+                    finish(&manager, &id).unwrap();
                     delete(&manager, "s0").unwrap();
                 }
             }
@@ -55,7 +57,7 @@ fn a_snapshot_goes_only_when_nobody_reads_it_any_more() {
         })
         .unwrap();
     assert_eq!(std::fs::read(&out).unwrap()[last as usize], b'0');
-    finish(&manager, &id.unwrap()).unwrap();
+    finish(&manager, &id).unwrap();
     assert_eq!(manager.list().len(), 2);
 }
 

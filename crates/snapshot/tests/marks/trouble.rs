@@ -32,13 +32,14 @@ fn a_snapshot_that_a_job_has_begun_to_delete_is_no_instant_any_more() {
     (1..5).for_each(|place| stamp(&manager, "vda", place << 20, 2));
     snapshot(&manager, "s2");
     let begin = || Point::Checkpoint("begin".to_owned());
-    let (out, mut id, mut refused) = (bench.path("out"), None, Vec::new());
+    let (out, mut refused) = (bench.path("out"), Vec::new());
+    // Slow, until the export has begun.
+    let options = JobOptions { auto_dismiss: false, speed: 1, ..JobOptions::default() };
+    let id = manager.delete(DeleteRequest { name: "s1".to_owned(), options }).unwrap();
     manager
         .export("s1", "vda", &out, ImageFormat::Raw, &mut |_, _| {
-            if id.is_none() {
-                let options = JobOptions { auto_dismiss: false, ..JobOptions::default() };
-                let request = DeleteRequest { name: "s1".to_owned(), options };
-                id = Some(manager.delete(request).unwrap());
+            if refused.is_empty() {
+                manager.set_job_speed(&id, 0).unwrap();
                 let deadline = Instant::now() + Duration::from_secs(20);
                 // For the export to end.
                 while !manager.jobs().iter().any(|job| job.status == JobStatus::Waiting) {
@@ -55,7 +56,7 @@ fn a_snapshot_that_a_job_has_begun_to_delete_is_no_instant_any_more() {
     for error in refused {
         assert_eq!((error.kind(), &*error.to_string()), (ErrorKind::Busy, "snapshot 's1' is being deleted"));
     }
-    finish(&manager, &id.unwrap()).unwrap();
+    finish(&manager, &id).unwrap();
     let told = manager.changes("vda", &begin(), &Point::Snapshot("s2".to_owned()), None).unwrap();
     assert_eq!(blocks(told.ranges()), Blocks::from([0, 256, 512, 768, 1024]));
 }
