@@ -24,7 +24,8 @@ fn serve(folder: &Path) -> (Server, Arc<Fake>, PathBuf) {
     let path = folder.join("qmp");
     let (fake, events) = Fake::new();
     let service = Arc::new(fake);
-    let server = Server::start(&path, Arc::clone(&service) as _, events).unwrap();
+    let server =
+        Server::start(hostio::Listener::bind(&path).unwrap(), Arc::clone(&service) as _, events).unwrap();
     (server, service, path)
 }
 

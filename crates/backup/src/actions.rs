@@ -1,10 +1,13 @@
 //! What clients ask for, one thing at a time. Most are transactions of one action.
 
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use block::{Error, ErrorKind, Result};
 use snapshot::{ClientId, CutRequest, FreezePolicy, HostedJob, JobType, Manager, Pin};
 
+use crate::address::Sockets;
 use crate::exports::Exports;
 use crate::nodes::{Filter, ImageOptions, Kind, Node, NodeInfo, NodeOptions, Nodes, View, no_node};
 
@@ -27,9 +30,10 @@ pub(crate) enum Named {
 }
 
 impl Backups {
-    /// None yet, over the disks of `manager`.
-    pub fn new(manager: Arc<Manager>) -> Self {
-        Self { manager, nodes: Nodes::default(), exports: Exports::default() }
+    /// None yet, over the disks of `manager`. `sockets` are those that listen already, by the names by which clients ask for
+    /// them.
+    pub fn new(manager: Arc<Manager>, sockets: BTreeMap<String, OwnedFd>) -> Self {
+        Self { manager, nodes: Nodes::default(), exports: Exports::new(Sockets(sockets)) }
     }
 
     /// `blockdev-add`. Opens what the node needs.

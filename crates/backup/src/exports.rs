@@ -3,17 +3,18 @@
 //! There is one server, as in QEMU: `nbd-server-start` has it listen, `block-export-add` offers something on it. A disk that
 //! is exported is cut, and what clients read is the disk at that instant: a live one would change under them.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use block::{Context, DirtyBitmap, Disk, Error, ErrorKind, Layer, Result};
-use nbd::{Address, BitmapContext, Config, Export, Removal, Server, Tls};
+use nbd::{BitmapContext, Config, Export, Removal, Server, Tls};
 use serde::{Deserialize, Serialize};
 use snapshot::{Event, Manager, Pin, Point};
 
 use crate::actions::{Backups, Named};
+use crate::address::{SocketAddress, Sockets};
 use crate::model::BitmapSource;
 use crate::nodes::{Kind, Node, Writing, no_node};
 
@@ -30,24 +31,6 @@ pub struct ServerOptions {
     pub tls_creds: Option<String>,
     /// How many clients there may be; 100 if absent, any number if 0.
     pub max_connections: Option<u32>,
-}
-
-/// Where to listen: QEMU's `SocketAddressLegacy`.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "type", content = "data")]
-pub enum SocketAddress {
-    /// TCP.
-    Inet {
-        /// A name or address.
-        host: String,
-        /// A number.
-        port: String,
-    },
-    /// A socket in the file system.
-    Unix {
-        /// Its path.
-        path: PathBuf,
-    },
 }
 
 /// `object-add` of certificates: QEMU's `tls-creds-x509`.
@@ -113,6 +96,9 @@ pub(crate) struct Exports {
     server: Mutex<Option<Server>>,
     credentials: Mutex<BTreeMap<String, Tls>>,
     list: Arc<List>,
+    pub(crate) sockets: Sockets,
+    /// Ids of exports that are being made: that takes a cut, and the server is not held meanwhile.
+    beginning: Mutex<BTreeSet<String>>,
 }
 
 /// Exports by id, each with the name that clients ask for.
@@ -126,12 +112,41 @@ impl List {
 }
 
 impl Exports {
+    pub(crate) fn new(sockets: Sockets) -> Self {
+        Self { sockets, ..Self::default() }
+    }
+
     fn server(&self) -> MutexGuard<'_, Option<Server>> {
         self.server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn beginning(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.beginning.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes an id for an export that is made next.
+    fn begin(&self, id: &str) -> Result<Beginning<'_>> {
+        let mut beginning = self.beginning();
+        if self.list.lock().contains_key(id) || !beginning.insert(id.to_owned()) {
+            return Err(Error::new(ErrorKind::Busy, format!("Block export id '{id}' is already in use")));
+        }
+        Ok(Beginning { exports: self, id: id.to_owned() })
+    }
+
     fn credentials(&self) -> MutexGuard<'_, BTreeMap<String, Tls>> {
         self.credentials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The id of an export that is being made, as long as this lives.
+struct Beginning<'a> {
+    exports: &'a Exports,
+    id: String,
+}
+
+impl Drop for Beginning<'_> {
+    fn drop(&mut self) {
+        self.exports.beginning().remove(&self.id);
     }
 }
 
@@ -184,7 +199,7 @@ impl Backups {
             config.max_connections = if most == 0 { usize::MAX } else { most as usize };
         }
         let started = Server::new(config);
-        started.listen(address_of(&options.addr)?)?;
+        started.listen(self.exports.sockets.address_of(&options.addr)?)?;
         *server = Some(started);
         Ok(())
     }
@@ -206,14 +221,8 @@ impl Backups {
 
     /// `block-export-add`: offers something on the server.
     pub fn add_export(&self, options: ExportOptions) -> Result<()> {
-        let server = self.exports.server();
-        let server = server.as_ref().ok_or_else(not_running)?;
-        if self.exports.list.lock().contains_key(&options.id) {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                format!("Block export id '{}' is already in use", options.id),
-            ));
-        }
+        self.exports.server().as_ref().ok_or_else(not_running)?;
+        let _beginning = self.exports.begin(&options.id)?;
         let content = self.content(&options)?;
         let name = options.name.clone().unwrap_or_else(|| options.node_name.clone());
         let mut export = Export::new(&name, Arc::clone(&content.disk))
@@ -246,7 +255,9 @@ impl Backups {
                 manager.tell(Event::ExportDeleted { id });
             }
         });
-        server.add_export(export)?;
+        // What was made is let go of if the server has been stopped since.
+        let server = self.exports.server();
+        server.as_ref().ok_or_else(not_running)?.add_export(export)?;
         self.exports.list.lock().insert(options.id, (name, info));
         Ok(())
     }
@@ -343,7 +354,7 @@ impl Backups {
             // What changed on another disk says nothing of this one.
             Named::Disk(_) => return Err(missing()),
         }
-        let dirty = match self.manager.bitmaps(disk)?.iter().any(|known| known.name == *name) {
+        let dirty = match self.manager.has_bitmap(disk, name)? {
             true => self.manager.bitmap_lock(disk, name)?.dirty(pin)?,
             false => changes(&self.manager, disk, name, pin)?.ok_or_else(missing)?,
         };
@@ -363,28 +374,6 @@ fn changes(manager: &Manager, disk: &str, checkpoint: &str, pin: &Pin) -> Result
 impl Content {
     fn of_pin(pin: Arc<Pin>, node: Option<Arc<Node>>) -> Self {
         Self { disk: pin.disk(), layers: pin.layers(), pin: Some(pin), writing: None, node }
-    }
-}
-
-/// Where to listen, in the server's words.
-pub(crate) fn address_of(address: &SocketAddress) -> Result<Address> {
-    Ok(match address {
-        SocketAddress::Unix { path } => {
-            absolute(path)?;
-            Address::Unix(path.clone())
-        }
-        SocketAddress::Inet { host, port } if host.contains(':') => Address::Tcp(format!("[{host}]:{port}")),
-        SocketAddress::Inet { host, port } => Address::Tcp(format!("{host}:{port}")),
-    })
-}
-
-/// The daemon's working directory means nothing to a client.
-fn absolute(path: &Path) -> Result<()> {
-    match path.is_absolute() {
-        true => Ok(()),
-        false => {
-            Err(Error::new(ErrorKind::InvalidInput, format!("'{}' is not an absolute path", path.display())))
-        }
     }
 }
 

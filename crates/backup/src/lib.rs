@@ -26,6 +26,7 @@
 //!   off or dies with the daemon leaves it as it was, so the next incremental copies a little too much and never too little.
 
 mod actions;
+mod address;
 mod copy;
 mod exports;
 mod labor;
@@ -35,7 +36,8 @@ mod serving;
 mod transaction;
 
 pub use actions::Backups;
-pub use exports::{ExportInfo, ExportOptions, ServerOptions, SocketAddress, TlsCredentials};
+pub use address::SocketAddress;
+pub use exports::{ExportInfo, ExportOptions, ServerOptions, TlsCredentials};
 pub use model::{
     Action, BackupOptions, BackupRequest, BitmapAdd, BitmapMerge, BitmapMode, BitmapRef, BitmapSource,
     CompletionMode, DriveBackupRequest, FileTarget, NewImageMode, OnError, Sync,

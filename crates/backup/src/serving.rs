@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use snapshot::Point;
 
 use crate::actions::Backups;
-use crate::exports::{GRACE, SocketAddress, address_of};
+use crate::address::SocketAddress;
+use crate::exports::GRACE;
 use crate::nodes::MAX_PENDING;
 
 /// How often it is looked whether somebody still wants it.
@@ -55,7 +56,8 @@ impl Backups {
     /// Serves one disk of a snapshot until `tell` has enough, or the daemon ends. The export has the empty name, so clients need
     /// not know one.
     pub fn serve(&self, request: &ServeRequest, tell: &dyn Fn(Serving) -> ControlFlow<()>) -> Result<()> {
-        let reader = self.manager.reader(&request.name, &request.disk)?;
+        let who = format!("an export over NBD at {}", request.addr);
+        let reader = self.manager.reader(&request.name, &request.disk, &who)?;
         let scratch = match request.writable {
             true => Some(Scratch::new(self.manager.folder(), reader.disk())?),
             false => None,
@@ -76,13 +78,9 @@ impl Backups {
         let server = Server::new(Config::default());
         server
             .add_export(export.description(format!("disk {} of snapshot {}", request.disk, request.name)))?;
-        let listening = server.listen(address_of(&request.addr)?)?;
-        let address = match (&request.addr, listening) {
-            (SocketAddress::Unix { path }, _) => path.display().to_string(),
-            (SocketAddress::Inet { .. }, address) => {
-                address.map_or_else(String::new, |address| address.to_string())
-            }
-        };
+        let listening = server.listen(self.exports.sockets.address_of(&request.addr)?)?;
+        let address =
+            listening.map_or_else(|| self.exports.sockets.path_of(&request.addr), |tcp| tcp.to_string());
         let mut wanted = tell(Serving::Ready(address));
         while wanted.is_continue() && !self.manager.is_ending() {
             std::thread::sleep(LOOK);

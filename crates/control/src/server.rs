@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
@@ -11,6 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use block::Result;
 use hostio::Listener;
+use rustix::event::{PollFd, PollFlags, poll};
 use snapshot::{ClientId, Event};
 
 use crate::Service;
@@ -28,26 +28,25 @@ const EXHAUSTED: Duration = Duration::from_millis(100);
 /// A running QMP server. Dropping it stops it.
 #[derive(Debug)]
 pub struct Server {
-    /// Gone once stopped.
-    listener: Option<Arc<Listener>>,
-    accepting: Option<JoinHandle<()>>,
+    /// Closing the stream wakes the thread, which then ends. Gone once stopped.
+    accepting: Option<(UnixStream, JoinHandle<()>)>,
     clients: Arc<Clients>,
 }
 
 impl Server {
-    /// Listens on a Unix socket at `path`, mode 0600, and serves `service`; what `events` yields goes to every client
-    /// that has negotiated.
+    /// Takes clients from `listener` and serves `service`; what `events` yields goes to every client that has negotiated.
     ///
     /// # Errors
-    /// The socket cannot be made, or another process listens on it ([`Listener::bind`]).
-    pub fn start(path: &Path, service: Arc<dyn Service>, events: Receiver<Event>) -> Result<Self> {
-        let listener = Arc::new(Listener::bind(path)?);
+    /// A thread cannot be made.
+    pub fn start(listener: Listener, service: Arc<dyn Service>, events: Receiver<Event>) -> Result<Self> {
+        listener.socket().set_nonblocking(true)?;
+        let (wake, woken) = UnixStream::pair()?;
         let clients = Arc::new(Clients::default());
         let accepting = thread::Builder::new().name("qmp-accept".to_owned()).spawn({
-            let (listener, clients) = (Arc::clone(&listener), Arc::clone(&clients));
-            move || accept(&listener, &clients, &service)
+            let clients = Arc::clone(&clients);
+            move || accept(&listener, &woken, &clients, &service)
         })?;
-        let server = Self { listener: Some(listener), accepting: Some(accepting), clients };
+        let server = Self { accepting: Some((wake, accepting)), clients };
         // It ends with the sender, so nobody joins it; it must not keep the clients alive.
         let clients = Arc::downgrade(&server.clients);
         thread::Builder::new().name("qmp-events".to_owned()).spawn(move || distribute(&events, &clients))?;
@@ -57,14 +56,11 @@ impl Server {
     /// Takes no more clients and no more commands, removes the socket, and waits up to `grace` for the commands that
     /// run to be answered. Clients that are left then are cut off; a command that runs still ends in its own time.
     pub fn stop(&mut self, grace: Duration) {
-        let Some(listener) = self.listener.take() else { return };
-        // Wakes the accepting thread: on Linux `accept` fails on a socket that is shut down.
-        let _ = rustix::net::shutdown(listener.socket(), rustix::net::Shutdown::Both);
-        if let Some(accepting) = self.accepting.take() {
-            // Its panic, if any, was reported when it happened.
-            let _ = accepting.join();
-        }
-        drop(listener);
+        // Not by shutting the listener down: one that was passed on is to be used again.
+        let Some((wake, accepting)) = self.accepting.take() else { return };
+        drop(wake);
+        // Its panic, if any, was reported when it happened.
+        let _ = accepting.join();
         self.clients.stop(grace);
     }
 }
@@ -137,12 +133,17 @@ impl Drop for Place {
     }
 }
 
-fn accept(listener: &Listener, clients: &Arc<Clients>, service: &Arc<dyn Service>) {
+/// Takes clients until `woken` finds its other end closed.
+fn accept(listener: &Listener, woken: &UnixStream, clients: &Arc<Clients>, service: &Arc<dyn Service>) {
     for number in 0.. {
-        match listener.socket().accept() {
+        let mut polled = [PollFd::new(listener.socket(), PollFlags::IN), PollFd::new(woken, PollFlags::IN)];
+        let ready = poll(&mut polled, None);
+        if !polled[1].revents().is_empty() {
+            return;
+        }
+        match ready.map_err(io::Error::from).and_then(|_| listener.socket().accept()) {
             Ok((stream, _)) => admit(number, stream, clients, service),
-            // The listener was shut down.
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => {
                 tracing::warn!(%error, "could not accept a control client");
                 thread::sleep(EXHAUSTED);

@@ -202,8 +202,9 @@ pub(crate) enum Snapshot {
         /// The new image.
         #[arg(required_unless_present = "nbd", requires = "format")]
         out: Option<PathBuf>,
-        /// Serve it over NBD instead, at a socket's path or HOST:PORT, until this command is ended.
-        #[arg(long, value_name = "SOCKET|HOST:PORT", conflicts_with_all = ["out", "format"])]
+        /// Serve it over NBD instead, until this command is ended: at a socket's path, HOST:PORT, or a socket that the
+        /// daemon's service manager has opened for it.
+        #[arg(long, value_name = "SOCKET|HOST:PORT|fd:NAME", conflicts_with_all = ["out", "format"])]
         nbd: Option<String>,
         /// With --nbd: let clients write, to an overlay that is thrown away at the end.
         #[arg(long, requires = "nbd")]

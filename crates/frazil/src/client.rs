@@ -110,9 +110,10 @@ fn arguments(what: What) -> Result<Value, Failure> {
     serde_json::to_value(request).map_err(|error| Failure::new(Exit::Failed, "write the request", error))
 }
 
-/// A path has a slash in it; anything else is a host and a port.
+/// A path has a slash in it, a socket of the daemon's begins with `fd:`; anything else is a host and a port.
 fn address(text: String) -> Result<SocketAddress, Failure> {
     match text.rsplit_once(':') {
+        Some(("fd", name)) => Ok(SocketAddress::Fd { str: name.to_owned() }),
         Some((host, port)) if !text.contains('/') => {
             let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
             Ok(SocketAddress::Inet { host, port: port.to_owned() })

@@ -47,8 +47,8 @@ impl Pretender {
         let folder = tempfile::tempdir().unwrap();
         let (service, events) = Fake::new();
         let service = Arc::new(service);
-        let server =
-            Server::start(&folder.path().join("control.sock"), Arc::clone(&service) as _, events).unwrap();
+        let listener = hostio::Listener::bind(&folder.path().join("control.sock")).unwrap();
+        let server = Server::start(listener, Arc::clone(&service) as _, events).unwrap();
         Self { folder, service, _server: server }
     }
 

@@ -4,6 +4,7 @@
 //! Everything here is a thin, safe skin. What needs `unsafe` opens it for its own module and says why.
 
 mod file;
+mod inherited;
 mod limits;
 mod lock;
 mod mapped;
@@ -12,6 +13,7 @@ mod small;
 mod socket;
 
 pub use file::{Cache, HostFile, Open, Writing};
+pub use inherited::inherited;
 pub use limits::raise_open_files;
 pub use mapped::MappedFile;
 pub use ring::{Completion, Ring, read_cached, read_now, write_now};

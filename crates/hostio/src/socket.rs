@@ -10,7 +10,7 @@ use std::time::SystemTime;
 use block::{Context, Error, ErrorKind, Result};
 use rustix::fs::{AtFlags, Mode, OFlags, fchmod};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
 use crate::small::parent;
 
@@ -22,8 +22,8 @@ const BACKLOG: i32 = 16;
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
-    path: PathBuf,
-    id: Identity,
+    /// `None` if it is another's.
+    file: Option<(PathBuf, Identity)>,
 }
 
 /// Tells a file from another that took its place: device, inode, and when it was made, for inodes are used again.
@@ -48,9 +48,26 @@ impl Listener {
         // Before binding, so that there is no instant at which others could connect: the file gets the socket's mode.
         fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(std::io::Error::from)?;
         rustix::net::bind(&socket, &address).map_err(std::io::Error::from)?;
-        let listener = Self { socket: socket.into(), path: path.to_owned(), id: identity(path)? };
+        let listener = Self { socket: socket.into(), file: Some((path.to_owned(), identity(path)?)) };
         rustix::net::listen(&listener.socket, BACKLOG).map_err(std::io::Error::from)?;
         Ok(listener)
+    }
+
+    /// One that listens already, and belongs to who passed it on ([`inherited`](fn@crate::inherited)): its file stays, and
+    /// it must not be shut down, for others will listen on it.
+    ///
+    /// Errors: [`ErrorKind::InvalidInput`] if it is no Unix stream socket that listens.
+    pub fn inherited(socket: OwnedFd) -> Result<Self> {
+        let listens = sockopt::socket_acceptconn(&socket).map_err(std::io::Error::from)?;
+        let kind = sockopt::socket_type(&socket).map_err(std::io::Error::from)?;
+        let domain = sockopt::socket_domain(&socket).map_err(std::io::Error::from)?;
+        match listens && kind == SocketType::STREAM && domain == AddressFamily::UNIX {
+            true => Ok(Self { socket: socket.into(), file: None }),
+            false => {
+                let story = "a socket that was passed on is no Unix stream socket that listens";
+                Err(Error::new(ErrorKind::InvalidInput, story))
+            }
+        }
     }
 
     /// The socket, to accept from.
@@ -61,9 +78,11 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|found| found == self.id) {
+        if let Some((path, id)) = &self.file
+            && identity(path).is_ok_and(|found| found == *id)
+        {
             // If it can not be removed, it is stale from now on, and the next one replaces it.
-            let _ = std::fs::remove_file(&self.path);
+            let _ = std::fs::remove_file(path);
         }
     }
 }

@@ -35,7 +35,6 @@ mod execute;
 mod export;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
-mod inherited;
 mod listen;
 mod negotiate;
 mod proto;
@@ -48,7 +47,6 @@ mod wire;
 
 pub use context::{BitmapContext, Extents, MetaContext, STATE_DIRTY, STATE_HOLE, STATE_ZERO};
 pub use export::{Export, ExportStatus, Removal};
-pub use inherited::inherited;
 pub use listen::Address;
 pub use server::{Config, Server};
 pub use tls::Tls;

@@ -3,7 +3,6 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use block::{Context, Error, ErrorKind, Result};
@@ -19,7 +18,7 @@ pub enum Address {
     Unix(PathBuf),
     /// A host and port, as `127.0.0.1:10809`, `[::1]:10809` or a name. Port 0 takes a free one.
     Tcp(String),
-    /// A socket that listens already, Unix or TCP ([`inherited`](fn@crate::inherited)). Its file, if it has one, stays when we are done.
+    /// A socket that listens already, Unix or TCP ([`hostio::inherited`]). Its file, if it has one, stays when we are done.
     Inherited(OwnedFd),
 }
 
@@ -27,7 +26,6 @@ pub enum Address {
 #[derive(Debug)]
 pub(crate) enum Listening {
     Unix(hostio::Listener),
-    InheritedUnix(UnixListener),
     Tcp(TcpListener),
 }
 
@@ -55,7 +53,7 @@ impl Listening {
             return Err(Error::new(ErrorKind::InvalidInput, "it is no stream socket that listens"));
         }
         match sockopt::socket_domain(&socket).map_err(io::Error::from)? {
-            AddressFamily::UNIX => Ok(Self::InheritedUnix(socket.into())),
+            AddressFamily::UNIX => Ok(Self::Unix(hostio::Listener::inherited(socket)?)),
             AddressFamily::INET | AddressFamily::INET6 => Ok(Self::Tcp(socket.into())),
             _ => Err(Error::new(ErrorKind::Unsupported, "it is neither Unix nor TCP")),
         }
@@ -65,7 +63,6 @@ impl Listening {
     pub(crate) fn accept(&self) -> io::Result<Socket> {
         match self {
             Self::Unix(listener) => listener.socket().accept().map(|(stream, _)| Socket::Unix(stream)),
-            Self::InheritedUnix(listener) => listener.accept().map(|(stream, _)| Socket::Unix(stream)),
             Self::Tcp(listener) => listener.accept().map(|(stream, _)| Socket::Tcp(stream)),
         }
     }
@@ -83,7 +80,6 @@ impl AsFd for Listening {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Unix(listener) => listener.socket().as_fd(),
-            Self::InheritedUnix(listener) => listener.as_fd(),
             Self::Tcp(listener) => listener.as_fd(),
         }
     }

@@ -1,5 +1,6 @@
 //! Two disks on real files, and what a program asks about them.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -58,7 +59,7 @@ impl Bench {
         let defaults = FreezeDefaults::default();
         let manager = Manager::open(&self.path("state"), &self.disks, folders, defaults, None).unwrap();
         let manager = Arc::new(manager);
-        Daemon { backups: Backups::new(Arc::clone(&manager)), manager }
+        Daemon { backups: Backups::new(Arc::clone(&manager), BTreeMap::new()), manager }
     }
 
     /// A new file for a backup, as large as a disk, and a node on it.

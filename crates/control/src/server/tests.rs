@@ -24,7 +24,12 @@ impl Rig {
         let folder = tempfile::tempdir().unwrap();
         let (fake, events) = Fake::new();
         let service = Arc::new(fake);
-        let server = Server::start(&folder.path().join("qmp"), Arc::clone(&service) as _, events).unwrap();
+        let server = Server::start(
+            hostio::Listener::bind(&folder.path().join("qmp")).unwrap(),
+            Arc::clone(&service) as _,
+            events,
+        )
+        .unwrap();
         Self { server, service, folder }
     }
 

@@ -12,15 +12,18 @@
 mod guest;
 mod service;
 
+use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use block::{Context, Disk, Result};
+use block::{Context, Disk, Error, ErrorKind, Result};
 use control::Service;
 use guest_agent::Agent;
+use hostio::Listener;
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -38,6 +41,10 @@ use service::Daemon;
 /// How long clients whose commands run are waited for at the end.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// The name of the socket that systemd may pass on in place of `--control`; by their names clients can ask for the others,
+/// to be served over NBD.
+const CONTROL: &str = "control";
+
 /// Why the daemon ends.
 enum Stop {
     Signal(i32),
@@ -52,12 +59,18 @@ pub(crate) fn run(config: Config) -> Result<()> {
     if let Err(error) = hostio::raise_open_files() {
         warn!(%error, "long chains may not be served");
     }
+    let mut sockets = inherited()?;
+    let passed = sockets.remove(CONTROL);
     let manager = Arc::new(open(&config)?);
     let devices = config.disks.iter().map(|disk| start_device(&manager, disk)).collect::<Result<Vec<_>>>()?;
     let ids = config.disks.iter().map(|disk| disk.id.clone());
     let notifiers = ids.zip(devices.iter().map(Server::notifier)).collect();
-    let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, notifiers, stop));
-    let mut control = control::Server::start(&config.control, Arc::clone(&daemon) as _, manager.subscribe())?;
+    let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, sockets, notifiers, stop));
+    let listener = match passed {
+        Some(socket) => Listener::inherited(socket).context(|| "take the control socket of systemd")?,
+        None => Listener::bind(&config.control)?,
+    };
+    let mut control = control::Server::start(listener, Arc::clone(&daemon) as _, manager.subscribe())?;
     info!(disks = config.disks.len(), control = %config.control.display(), "serving");
     tell_systemd(&[NotifyState::Ready]);
 
@@ -71,6 +84,20 @@ pub(crate) fn run(config: Config) -> Result<()> {
     }
     devices.into_iter().for_each(Server::stop);
     manager.shut_down().context(|| "sync the disks at the end")
+}
+
+/// What systemd has passed on, by name.
+fn inherited() -> Result<BTreeMap<String, OwnedFd>> {
+    let passed = hostio::inherited()?;
+    let count = passed.len();
+    let sockets: BTreeMap<_, _> = passed.into_iter().collect();
+    match sockets.len() == count {
+        true => Ok(sockets),
+        false => {
+            let story = "two sockets of systemd have one name: give each its own FileDescriptorName=";
+            Err(Error::new(ErrorKind::InvalidInput, story))
+        }
+    }
 }
 
 /// The state directory of a daemon that does not run, as the commands without a guest need it.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -42,11 +43,12 @@ impl Daemon {
     pub(super) fn new(
         manager: Arc<Manager>,
         config: &Config,
+        sockets: BTreeMap<String, OwnedFd>,
         notifiers: BTreeMap<String, Notifier>,
         stop: Sender<Stop>,
     ) -> Self {
         Self {
-            backups: Backups::new(Arc::clone(&manager)),
+            backups: Backups::new(Arc::clone(&manager), sockets),
             manager,
             started: Instant::now(),
             state: config.state.clone(),
@@ -60,7 +62,7 @@ impl Daemon {
     pub(super) fn offline(manager: Manager, state: &Path) -> Self {
         let manager = Arc::new(manager);
         Self {
-            backups: Backups::new(Arc::clone(&manager)),
+            backups: Backups::new(Arc::clone(&manager), BTreeMap::new()),
             manager,
             started: Instant::now(),
             state: state.to_owned(),
