@@ -1,3 +1,4 @@
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -11,13 +12,18 @@ use crate::{Context, Error, Result};
 #[derive(Debug)]
 pub struct Qmp {
     reader: BufReader<UnixStream>,
+    /// Events that came before an answer, the oldest first, at most [`MAX_EVENTS`].
+    events: VecDeque<Value>,
 }
+
+/// Of those that nobody waits for the oldest go.
+const MAX_EVENTS: usize = 256;
 
 impl Qmp {
     /// Connects and negotiates.
     pub fn connect(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).context(socket.display())?;
-        let mut qmp = Self { reader: BufReader::new(stream) };
+        let mut qmp = Self { reader: BufReader::new(stream), events: VecDeque::new() };
         let greeting = qmp.read(Duration::from_secs(10))?;
         if greeting.get("QMP").is_none() {
             return Err(Error::new(format!("not a QMP greeting: {greeting}")));
@@ -39,7 +45,24 @@ impl Qmp {
             if let Some(error) = message.get("error") {
                 return Err(Error::new(format!("{command}: {error}")));
             }
-            // Anything else is an event.
+            self.events.push_back(message);
+            if self.events.len() > MAX_EVENTS {
+                self.events.pop_front();
+            }
+        }
+    }
+
+    /// Waits for an event of that name. Those that came before it are forgotten.
+    pub fn wait_for_event(&mut self, name: &str, limit: Duration) -> Result<Value> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let event = match self.events.pop_front() {
+                Some(event) => event,
+                None => self.read(deadline.saturating_duration_since(Instant::now())).context(name)?,
+            };
+            if event.get("event").is_some_and(|found| found == name) {
+                return Ok(event);
+            }
         }
     }
 

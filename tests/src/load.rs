@@ -93,8 +93,20 @@ impl Load {
 
     /// Requests the first block of each `stride` bytes of a disk, each once, in a random order.
     pub fn once(self, socket: &Path, server: Option<u32>, stride: u64) -> io::Result<Measured> {
+        self.once_within(socket, server, stride, u64::MAX)
+    }
+
+    /// The same of the first `bytes` of the disk only.
+    pub fn once_within(
+        self,
+        socket: &Path,
+        server: Option<u32>,
+        stride: u64,
+        bytes: u64,
+    ) -> io::Result<Measured> {
         let mut driver = Driver::connect(socket, 1, self.depth, self.block)?;
-        let mut offsets: Vec<u64> = (0..driver.capacity()? / stride).map(|index| index * stride).collect();
+        let count = driver.capacity()?.min(bytes) / stride;
+        let mut offsets: Vec<u64> = (0..count).map(|index| index * stride).collect();
         let mut random = Random(SEED);
         for left in (1..offsets.len()).rev() {
             offsets.swap(left, (random.number() % (left as u64 + 1)) as usize);

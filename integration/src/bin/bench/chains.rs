@@ -28,15 +28,15 @@ const RUN: Duration = Duration::from_millis(500);
 const LOOKED_UP: u64 = 2 << 20;
 const LOAD: Load = Load { write: false, block: BLOCK as usize, depth: 32 };
 const BLOCK: u64 = 4096;
-const DISK_BYTES: u64 = 256 << 20;
+pub(crate) const DISK_BYTES: u64 = 256 << 20;
 /// Chains that are alike but for their length.
-struct Kind {
+pub(crate) struct Kind {
     /// Blocks that each layer holds, in crumbs all over the disk.
-    blocks: u64,
+    pub(crate) blocks: u64,
     /// Overlays above the raw base, and the memory that the daemon may use to know where the bytes are.
-    chains: &'static [(usize, &'static str)],
+    pub(crate) chains: &'static [(usize, &'static str)],
     /// Overlays of those that the other one is asked for too; it takes too long over the others.
-    peers: &'static [usize],
+    pub(crate) peers: &'static [usize],
 }
 
 const KINDS: [Kind; 2] = [
@@ -80,7 +80,7 @@ fn image(images: &[PathBuf], depth: usize) -> Result<&Path> {
 
 impl Kind {
     /// The base, and overlays above it that each have some blocks.
-    fn make_images(&self, scratch: &Scratch, base: &Path) -> Result<Vec<PathBuf>> {
+    pub(crate) fn make_images(&self, scratch: &Scratch, base: &Path) -> Result<Vec<PathBuf>> {
         let Self { blocks, chains, .. } = self;
         let journal = ["a", "b"]
             .map(|half| HostFile::create(&scratch.path(&format!("{blocks}.{half}")), Cache::Writeback));
@@ -149,10 +149,12 @@ impl Ours {
     }
 }
 
-/// Anonymous memory of a process, in MiB.
-fn memory(process: &Process) -> Result<f64> {
+const ANONYMOUS: &str = "RssAnon:";
+
+/// Memory of a process, in MiB: a line of its `status`.
+pub(crate) fn memory(process: &Process, what: &str) -> Result<f64> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.id()))?;
-    let kib = status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.split_whitespace().next());
+    let kib = status.lines().find_map(|line| line.strip_prefix(what)?.split_whitespace().next());
     let kib: Option<f64> = kib.and_then(|kib| kib.parse().ok());
     kib.map(|kib| kib / 1024.0).ok_or_else(|| Error::new("the kernel does not tell the memory of a process"))
 }
@@ -200,13 +202,13 @@ impl Rows {
             of_ours.push((run.cpu_us / base, run));
             of_theirs.extend(theirs()?.map(|run| (run.cpu_us / base, run)));
         }
-        self.add((blocks, depth, cache, "frazil"), &of_ours, ours.opened, memory(&ours.process)?);
+        self.add((blocks, depth, cache, "frazil"), &of_ours, ours.opened, memory(&ours.process, ANONYMOUS)?);
         if let Some(peer) = peer {
             self.add(
                 (blocks, depth, "", "qemu-storage-daemon"),
                 &of_theirs,
                 peer.opened(),
-                memory(peer.process())?,
+                memory(peer.process(), ANONYMOUS)?,
             );
         }
         Ok(())

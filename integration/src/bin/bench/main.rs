@@ -1,8 +1,8 @@
-//! Figures: the hit path against qemu-storage-daemon, what long chains cost, how long a cut holds requests, how long a
-//! guest stands frozen.
+//! Figures: the hit path against qemu-storage-daemon, what long chains cost, how long a cut holds requests, what backups
+//! take, how long a guest stands frozen.
 //!
 //! ```text
-//! bench [--json FILE] [--only hits|chains|disk|queues|cuts|frozen]
+//! bench [--json FILE] [--only hits|chains|disk|queues|cuts|nbd|backup|frozen]
 //! ```
 //! Everything that is compared is measured in turns, so that what else the machine does meets both. Files are in
 //! memory (`/dev/shm`) if there is room: the cost of the servers, not that of a disk.
@@ -14,13 +14,16 @@ use comfy_table::{Table, presets::NOTHING};
 use frazil_integration::{Context, Error, Result};
 use serde_json::{Map, Value};
 
+mod backups;
 mod chains;
 mod cuts;
 mod disk;
 mod frozen;
 mod hits;
+mod nbd;
 mod peer;
 mod queues;
+mod server;
 
 /// A figure's table, for people and for programs.
 type Tables = (Table, Value);
@@ -52,12 +55,14 @@ fn bench() -> Result<()> {
             _ => return Err(Error::new(format!("unknown option {word}"))),
         }
     }
-    let parts: [(&str, Part); 6] = [
+    let parts: [(&str, Part); 8] = [
         ("hits", hits::measure),
         ("chains", chains::measure),
         ("disk", disk::measure),
         ("queues", queues::measure),
         ("cuts", cuts::measure),
+        ("nbd", nbd::measure),
+        ("backup", backups::measure),
         ("frozen", frozen::measure),
     ];
     let (folder, mut all) = (folder(), Map::new());
