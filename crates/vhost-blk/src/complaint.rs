@@ -45,6 +45,16 @@ impl Complaints {
         tracing::info!(disk = self.disk, queue = self.queue, "the requests that waited have been answered");
     }
 
+    /// So many requests of an earlier session are carried out again.
+    pub(crate) fn submitted_again(&self, requests: usize) {
+        tracing::info!(
+            disk = self.disk,
+            queue = self.queue,
+            requests,
+            "requests in flight are submitted again"
+        );
+    }
+
     /// Something wrong with the ring itself.
     pub(crate) fn ring(&mut self, story: &str, error: &dyn std::fmt::Display) {
         let Some(left_out) = self.due() else { return };

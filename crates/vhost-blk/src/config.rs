@@ -67,6 +67,7 @@ pub(crate) fn features(disk: &dyn Disk) -> u64 {
 
 /// The vhost-user protocol features offered.
 ///
+/// `INFLIGHT_SHMFD` is not the framework's doing: its messages do not get that far (see [`inspect`](crate::inspect)).
 /// Not `RESET_DEVICE`: the framework would forget the negotiated features without stopping the rings.
 pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::CONFIG
@@ -74,6 +75,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// The bytes `offset..offset + size` of the configuration space, zeroes past its end. The message layer has checked

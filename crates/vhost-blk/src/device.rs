@@ -10,11 +10,15 @@ use std::time::Duration;
 use block::{Disk, Result};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::cache::CacheMode;
 use crate::config;
+use crate::inflight::{self, Record, Records, Shape};
+use crate::inspect::Calls;
+use crate::maps::Maps;
 use crate::queue_state::QueueState;
 use crate::server::DeviceConfig;
 use crate::vring::{SharedMemory, Vring};
@@ -28,6 +32,9 @@ pub(crate) struct Device {
     /// A worker is locked by its thread alone.
     workers: Vec<Mutex<Worker>>,
     queues: Vec<Arc<QueueState>>,
+    maps: Arc<Maps>,
+    records: Records,
+    calls: Calls,
     /// By which the framework's threads will be told to end. Made beforehand, where that may fail: a thread without one
     /// would never end, and the session neither.
     prepared_exits: Mutex<Vec<(EventConsumer, EventNotifier)>>,
@@ -36,8 +43,9 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(config: &DeviceConfig, memory: &SharedMemory, cache: Arc<CacheMode>) -> Result<Self> {
+    pub(crate) fn new(config: &DeviceConfig, cache: Arc<CacheMode>) -> Result<Self> {
         cache.begin_session();
+        let (maps, records) = (Arc::new(Maps::new()?), Records::default());
         let (mut workers, mut queues, mut exits) = (Vec::new(), Vec::new(), Vec::new());
         for queue in 0..usize::from(config.queues) {
             let state = Arc::new(QueueState::new()?);
@@ -51,14 +59,16 @@ impl Device {
                 parking: Arc::clone(&config.parking),
                 on_failure: Arc::clone(&config.on_failure),
                 cache: Arc::clone(&cache),
-                memory: memory.clone(),
+                maps: Arc::clone(&maps),
+                records: records.clone(),
                 state: Arc::clone(&state),
             })?));
             queues.push(state);
             exits.push(new_event_consumer_and_notifier(EventFlag::CLOEXEC)?);
         }
         let (prepared_exits, exits) = (Mutex::new(exits), Mutex::default());
-        Ok(Self { disk: Arc::clone(&config.disk), cache, workers, queues, prepared_exits, exits })
+        let (disk, calls) = (Arc::clone(&config.disk), Calls::new(queues.len()));
+        Ok(Self { disk, cache, workers, queues, maps, records, calls, prepared_exits, exits })
     }
 
     /// Has each worker watch its bell, its io_uring and its timer.
@@ -80,7 +90,35 @@ impl Device {
     /// afterwards.
     pub(crate) fn close(&self) {
         self.queues.iter().for_each(|queue| queue.close());
-        self.queues.iter().for_each(|queue| queue.wait_closed());
+        self.queues.iter().for_each(|queue| queue.wait_closed(|| self.calls.free()));
+    }
+
+    /// Memory for a front-end's in-flight record.
+    pub(crate) fn create_record(&self, asked: Shape) -> Result<(OwnedFd, Shape)> {
+        inflight::create(asked, self.queues.len())
+    }
+
+    /// Takes a front-end's in-flight record, for rings that are started from now on. What it says of the write cache is
+    /// what this guest had set, in the life of another process maybe.
+    pub(crate) fn set_record(&self, file: OwnedFd, shape: Shape) -> Result<()> {
+        let record = Arc::new(Record::map(file, shape, self.queues.len())?);
+        self.maps.keep(&record)?;
+        match record.writeback() {
+            Some(on) => self.cache.set_writeback(on),
+            None => record.set_writeback(self.cache.field()),
+        }
+        self.records.set(record);
+        Ok(())
+    }
+
+    /// The calls of its queues.
+    pub(crate) fn calls(&self) -> &Calls {
+        &self.calls
+    }
+
+    /// What the front-end has given to map.
+    pub(crate) fn maps(&self) -> &Maps {
+        &self.maps
     }
 
     /// Ends the threads of a daemon that was only half made: the framework starts them one by one, and forgets those
@@ -155,6 +193,9 @@ impl VhostUserBackend for Device {
             (config::WRITEBACK_OFFSET, [value @ (0 | 1)]) => {
                 tracing::info!(writeback = *value == 1, "the driver set the write cache");
                 self.cache.set_writeback(*value == 1);
+                if let Some(record) = self.records.get() {
+                    record.set_writeback(*value == 1);
+                }
             }
             _ => tracing::debug!(offset, len = bytes.len(), "ignored a write to the configuration space"),
         }
@@ -162,7 +203,8 @@ impl VhostUserBackend for Device {
     }
 
     /// The workers let go of the old map, or would at their next request at the earliest.
-    fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
+    fn update_memory(&self, memory: SharedMemory) -> io::Result<()> {
+        self.maps.publish(&memory.memory()).map_err(io::Error::other)?;
         self.queues.iter().for_each(|queue| queue.bell.ring());
         Ok(())
     }
@@ -179,7 +221,7 @@ impl VhostUserBackend for Device {
 
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         if let Some(queue) = self.queues.get(queue_index as usize) {
-            queue.wait_idle();
+            queue.wait_idle(|| self.calls.free());
         }
         Ok(())
     }

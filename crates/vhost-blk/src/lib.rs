@@ -30,18 +30,23 @@
 //! - A parked request (see [`block::Parking`]) is in flight for its queue, but not for the gate.
 
 mod cache;
+mod chain;
 mod complaint;
 mod config;
 mod device;
 mod engine;
 mod errors;
 mod guest;
+mod inflight;
+mod inspect;
 mod lot;
+mod maps;
 mod patience;
 mod queue_state;
 mod relay;
 mod request;
 mod server;
+mod sigbus;
 mod slot;
 mod vring;
 mod wake;

@@ -2,10 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use block::Result;
 
 use crate::wake::Bell;
+
+/// A worker that has not ended by then may be held up by its front-end.
+const HELD_UP: Duration = Duration::from_millis(100);
 
 /// What of a worker the session's thread may look at.
 #[derive(Debug)]
@@ -36,8 +40,8 @@ impl QueueState {
 
     /// Waits until what was popped has been answered. The caller has made sure that no more is popped: the vring is
     /// not ready. Requests in flight always end, so this does too, also while the gate is closed: those that are parked
-    /// are answered with an error.
-    pub(crate) fn wait_idle(&self) {
+    /// are answered with an error. `free` as in [`wait_closed`](Self::wait_closed).
+    pub(crate) fn wait_idle(&self, free: impl Fn()) {
         // Before the look at what is in flight: either this sees it at zero, or who brings it there sees this.
         self.waiting.fetch_add(1, Ordering::SeqCst);
         if self.in_flight.load(Ordering::SeqCst) != 0 {
@@ -45,7 +49,11 @@ impl QueueState {
         }
         let mut closed = self.lock();
         while self.in_flight.load(Ordering::SeqCst) != 0 {
-            closed = self.idle.wait(closed).unwrap_or_else(PoisonError::into_inner);
+            let waited = self.idle.wait_timeout(closed, HELD_UP).unwrap_or_else(PoisonError::into_inner);
+            closed = waited.0;
+            if waited.1.timed_out() {
+                free();
+            }
         }
         self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
@@ -56,11 +64,15 @@ impl QueueState {
         self.bell.ring();
     }
 
-    /// Waits until the worker has closed.
-    pub(crate) fn wait_closed(&self) {
+    /// Waits until the worker has closed. Now and then `free` is called, to free it from where a front-end may hold it up.
+    pub(crate) fn wait_closed(&self, free: impl Fn()) {
         let mut closed = self.lock();
         while !*closed {
-            closed = self.idle.wait(closed).unwrap_or_else(PoisonError::into_inner);
+            let waited = self.idle.wait_timeout(closed, HELD_UP).unwrap_or_else(PoisonError::into_inner);
+            closed = waited.0;
+            if waited.1.timed_out() {
+                free();
+            }
         }
     }
 

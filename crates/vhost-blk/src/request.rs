@@ -14,9 +14,9 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::DescriptorChain;
 use vm_memory::{Address, Bytes, GuestAddress};
 
+use crate::chain::Chain;
 use crate::config::{MAX_DATA, MAX_ZERO_SECTORS};
 use crate::guest::{MAX_IOVECS, Memory, Segment};
 
@@ -67,7 +67,7 @@ pub(crate) struct Request {
 
 impl Segments {
     /// Reads one chain. Afterwards [`data`](Self::data) is the request's data.
-    pub(crate) fn read(&mut self, memory: &Memory, chain: DescriptorChain<&Memory>) -> Request {
+    pub(crate) fn read(&mut self, memory: &Memory, chain: Chain<'_>) -> Request {
         if !self.collect(chain) {
             return Request { op: Op::Refuse(Status::IoError), status: None };
         }
@@ -90,12 +90,10 @@ impl Segments {
     }
 
     /// Follows the chain to its end; `false` if it has none, or is too long, or turns back from writable to readable.
-    fn collect(&mut self, chain: DescriptorChain<&Memory>) -> bool {
+    fn collect(&mut self, chain: Chain<'_>) -> bool {
         self.readable.clear();
         self.writable.clear();
         let mut ended = false;
-        // The iterator ends without a word at a loop, an index past the table, a table out of memory or an indirect
-        // table in another. All of these leave a last descriptor that says that another follows, or none at all.
         for (index, descriptor) in chain.enumerate() {
             if index > MAX_IOVECS {
                 return false;

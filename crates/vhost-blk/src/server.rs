@@ -21,6 +21,7 @@ use crate::device::Device;
 use crate::engine::ID_LEN;
 use crate::errors::OnFailure;
 use crate::guest::Memory;
+use crate::inspect::Inspector;
 use crate::relay;
 use crate::vring::SharedMemory;
 
@@ -239,7 +240,7 @@ impl Shared {
         loopback: &hostio::Loopback,
     ) -> Result<()> {
         let memory = SharedMemory::new(Memory::new());
-        let device = Arc::new(Device::new(config, &memory, Arc::clone(&self.cache))?);
+        let device = Arc::new(Device::new(config, Arc::clone(&self.cache))?);
         let daemon = VhostUserDaemon::new(config.name.clone(), Arc::clone(&device), memory);
         let served = match daemon {
             Ok(mut daemon) => {
@@ -281,14 +282,18 @@ impl Shared {
         // Who stops from here on finds the session; who did before is found here.
         let relayed = match self.is_stopping() {
             true => Ok(()),
-            false => relay::run(&front, &framework, |channel| self.keep(channel)),
+            false => {
+                let keep = |channel| self.keep(channel);
+                let mut inspector = Inspector::new(device, &keep);
+                relay::run(&front, &framework, device.maps().gone(), |message| inspector.inspect(message))
+            }
         };
         *self.session() = None;
         // The framework reads to the end what has been passed on.
         drop(framework);
         let ended = daemon.wait();
         if let Err(error) = relayed {
-            tracing::warn!(disk = config.name, "the session's socket failed: {error}");
+            tracing::warn!(disk = config.name, "the session is ended: {error}");
         }
         match ended {
             Ok(()) | Err(DaemonError::HandleRequest(VhostUserError::Disconnected)) => {

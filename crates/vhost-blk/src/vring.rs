@@ -1,11 +1,14 @@
-//! The framework's vring, with a kick that can not hurt.
+//! The framework's vring, with a kick and a call that can not hurt.
 #![allow(unsafe_code, reason = "the kick descriptor is only to be had as a number")]
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::MutexGuard;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::Error;
@@ -16,13 +19,52 @@ use crate::guest::Memory;
 /// The guest's memory as the front-end changes it.
 pub(crate) type SharedMemory = GuestMemoryAtomic<Memory>;
 
-/// A [`VringMutex`], but for [`read_kick`](VringT::read_kick).
+/// A [`VringMutex`], but for [`read_kick`](VringT::read_kick), and that it notes when it is started.
 ///
 /// The framework ends a worker for good when reading the kick fails. That happens to honest front-ends: an event that
 /// was taken from epoll just before the ring was stopped and set up again finds a new descriptor with nothing in it,
 /// and QEMU's do not block. From a dishonest one, a descriptor that blocks would hold the worker for ever.
 #[derive(Clone)]
-pub(crate) struct Vring(VringMutex<SharedMemory>);
+pub(crate) struct Vring {
+    inner: VringMutex<SharedMemory>,
+    flags: Arc<Flags>,
+}
+
+#[derive(Default)]
+struct Flags {
+    /// The ring was started, and the worker has not seen it yet.
+    started: AtomicBool,
+    /// The call waits where its count is full.
+    call_waits: AtomicBool,
+}
+
+impl Vring {
+    /// Whether the ring was started since this was last asked. Whoever finds the ring ready finds this set before.
+    pub(crate) fn take_started(&self) -> bool {
+        self.flags.started.load(Ordering::Acquire) && self.flags.started.swap(false, Ordering::AcqRel)
+    }
+
+    /// The worker could not see to the start yet.
+    pub(crate) fn put_started(&self) {
+        self.flags.started.store(true, Ordering::Release);
+    }
+
+    /// Calls the driver; `state` is this vring's, locked. A call whose count is full is not waited for: the driver has
+    /// been called and has not looked yet.
+    pub(crate) fn call(&self, state: &VringState<SharedMemory>) -> io::Result<()> {
+        if self.flags.call_waits.load(Ordering::Acquire)
+            && let Some(call) = state.get_call()
+        {
+            // SAFETY: `state` is locked, so nobody takes the call out and closes it.
+            let call = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+            let mut writable = [PollFd::new(&call, PollFlags::OUT)];
+            if poll(&mut writable, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(0) {
+                return Ok(());
+            }
+        }
+        state.signal_used_queue()
+    }
+}
 
 impl<'a> VringStateGuard<'a, SharedMemory> for Vring {
     type G = MutexGuard<'a, VringState<SharedMemory>>;
@@ -34,11 +76,11 @@ impl<'a> VringStateMutGuard<'a, SharedMemory> for Vring {
 
 impl VringT<SharedMemory> for Vring {
     fn new(mem: SharedMemory, max_queue_size: u16) -> Result<Self, Error> {
-        VringMutex::new(mem, max_queue_size).map(Self)
+        Ok(Self { inner: VringMutex::new(mem, max_queue_size)?, flags: Arc::default() })
     }
 
     fn read_kick(&self) -> io::Result<bool> {
-        let state = self.0.get_ref();
+        let state = self.inner.get_ref();
         if let Some(kick) = state.get_kick() {
             // SAFETY: `state` is locked, so nobody takes the kick out and closes it.
             let kick = unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) };
@@ -48,84 +90,90 @@ impl VringT<SharedMemory> for Vring {
     }
 
     fn get_ref(&self) -> MutexGuard<'_, VringState<SharedMemory>> {
-        self.0.get_ref()
+        self.inner.get_ref()
     }
 
     fn get_mut(&self) -> MutexGuard<'_, VringState<SharedMemory>> {
-        self.0.get_mut()
+        self.inner.get_mut()
     }
 
     fn add_used(&self, desc_index: u16, len: u32) -> Result<(), Error> {
-        self.0.add_used(desc_index, len)
+        self.inner.add_used(desc_index, len)
     }
 
     fn signal_used_queue(&self) -> io::Result<()> {
-        self.0.signal_used_queue()
+        self.inner.signal_used_queue()
     }
 
     fn enable_notification(&self) -> Result<bool, Error> {
-        self.0.enable_notification()
+        self.inner.enable_notification()
     }
 
     fn disable_notification(&self) -> Result<(), Error> {
-        self.0.disable_notification()
+        self.inner.disable_notification()
     }
 
     fn needs_notification(&self) -> Result<bool, Error> {
-        self.0.needs_notification()
+        self.inner.needs_notification()
     }
 
     fn set_enabled(&self, enabled: bool) {
-        self.0.set_enabled(enabled);
+        self.inner.set_enabled(enabled);
     }
 
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), Error> {
-        self.0.set_queue_info(desc_table, avail_ring, used_ring)
+        self.inner.set_queue_info(desc_table, avail_ring, used_ring)
     }
 
     fn queue_next_avail(&self) -> u16 {
-        self.0.queue_next_avail()
+        self.inner.queue_next_avail()
     }
 
     fn set_queue_next_avail(&self, base: u16) {
-        self.0.set_queue_next_avail(base);
+        self.inner.set_queue_next_avail(base);
     }
 
     fn set_queue_next_used(&self, idx: u16) {
-        self.0.set_queue_next_used(idx);
+        self.inner.set_queue_next_used(idx);
     }
 
     fn queue_used_idx(&self) -> Result<u16, Error> {
-        self.0.queue_used_idx()
+        self.inner.queue_used_idx()
     }
 
     fn set_queue_size(&self, num: u16) {
-        self.0.set_queue_size(num);
+        self.inner.set_queue_size(num);
     }
 
     fn set_queue_event_idx(&self, enabled: bool) {
-        self.0.set_queue_event_idx(enabled);
+        self.inner.set_queue_event_idx(enabled);
     }
 
     fn set_queue_ready(&self, ready: bool) {
-        self.0.set_queue_ready(ready);
+        self.flags.started.store(ready, Ordering::Release);
+        self.inner.set_queue_ready(ready);
     }
 
     fn set_kick(&self, file: Option<File>) {
-        self.0.set_kick(file);
+        self.inner.set_kick(file);
     }
 
+    /// One that does not wait by itself (QEMU's are such) costs nothing more. The flag is the front-end's to change, so a
+    /// dishonest one may still have us wait: see [`Calls`](crate::inspect::Calls).
     fn set_call(&self, file: Option<File>) {
-        self.0.set_call(file);
+        let flags = file.as_ref().map(fcntl_getfl);
+        let waits = flags.is_some_and(|flags| flags.is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK)));
+        self.flags.call_waits.store(waits, Ordering::Release);
+        self.inner.set_call(file);
     }
 
     fn set_err(&self, file: Option<File>) {
-        self.0.set_err(file);
+        self.inner.set_err(file);
     }
 }
 
 /// Takes the count out of an event descriptor, if there is one, and never waits for it.
-fn read_now(event: BorrowedFd<'_>) {
+pub(crate) fn read_now(event: BorrowedFd<'_>) {
     let mut count = [0; 8];
     let read = preadv2(event, &mut [IoSliceMut::new(&mut count)], u64::MAX, ReadWriteFlags::NOWAIT);
     if let Err(errno) = read
@@ -155,6 +203,21 @@ mod tests {
             read_now(borrow(&event));
             event.write(1).unwrap();
             assert_eq!(event.read().unwrap(), 1);
+        }
+    }
+
+    #[test]
+    fn a_call_that_is_full_is_not_waited_for() {
+        for flags in [0, EFD_NONBLOCK] {
+            let (event, memory) = (EventFd::new(flags).unwrap(), SharedMemory::new(Memory::new()));
+            let vring = Vring::new(memory, 16).unwrap();
+            vring.set_call(Some(rustix::io::fcntl_dupfd_cloexec(borrow(&event), 0).unwrap().into()));
+            vring.call(&vring.get_ref()).unwrap();
+            assert_eq!(event.read().unwrap(), 1);
+            event.write(u64::MAX - 1).unwrap();
+            // The one that does not wait says so, which is told and forgotten.
+            assert_eq!(vring.call(&vring.get_ref()).is_ok(), flags == 0);
+            assert_eq!(event.read().unwrap(), u64::MAX - 1);
         }
     }
 

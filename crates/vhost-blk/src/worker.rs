@@ -5,30 +5,35 @@
 //!   ┌─▶ reap completions ─▶ ask deferred again ─▶ pop requests ─▶ begin them ─▶ submit ─▶ publish ─┐
 //!   └──────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
+//! A ring that is started goes on with what the front-end's record says was in flight (see [`inflight`](crate::inflight)).
 //! What the host can not carry out leaves its slot for the [`Lot`], and takes one again when it is tried anew.
 //!
 //! Before it rests it looks at the ring a little longer, as long as that pays (see [`Patience`]), and then asks the
 //! driver to kick. The vring's lock is held while popping and while publishing, never over I/O, so that the session's messages are
 //! answered meanwhile.
 
+use std::collections::VecDeque;
 use std::num::Wrapping;
 use std::os::fd::RawFd;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard};
 
 use block::{Beat, Disk, Gate, Lane, Parking, Pulse, Result};
 use hostio::Ring;
-use vhost_user_backend::{VringState, VringT};
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddressSpace, Permissions};
+use vhost_user_backend::VringT;
+use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, Permissions};
 
 use crate::cache::CacheMode;
+use crate::chain::{Chain, Table};
 use crate::complaint::Complaints;
 use crate::engine::{Engine, ID_LEN};
 use crate::errors::{Errors, OnFailure};
 use crate::guest::{Hold, Memory};
+use crate::inflight::{QueueRecord, Records};
 use crate::lot::Lot;
+use crate::maps::Maps;
 use crate::patience::Patience;
 use crate::queue_state::QueueState;
 use crate::request::{Op, Request, Segments, Status};
@@ -61,7 +66,8 @@ pub(crate) struct Parts {
     pub(crate) parking: Arc<Parking>,
     pub(crate) on_failure: OnFailure,
     pub(crate) cache: Arc<CacheMode>,
-    pub(crate) memory: SharedMemory,
+    pub(crate) maps: Arc<Maps>,
+    pub(crate) records: Records,
     pub(crate) state: Arc<QueueState>,
 }
 
@@ -94,8 +100,17 @@ pub(crate) struct Worker {
     beat: Beat,
     lot: Lot,
     state: Arc<QueueState>,
+    queue: usize,
+    maps: Arc<Maps>,
     memory: SharedMemory,
     hold: Hold,
+    /// Holds on to a map that is not the current one, or did.
+    behind: bool,
+    records: Records,
+    /// The ring's part of the front-end's record, if it has given one.
+    record: Option<QueueRecord>,
+    /// Heads that are to be submitted again, before anything new is.
+    again: VecDeque<u16>,
     complaints: Complaints,
 }
 
@@ -103,6 +118,7 @@ impl Worker {
     pub(crate) fn new(parts: Parts) -> Result<Self> {
         let waker = std::task::Waker::from(Arc::clone(&parts.state.bell));
         let complaints = || Complaints::new(parts.name.clone(), parts.queue);
+        let memory = parts.maps.current();
         let errors = Errors::new(parts.parking.policy(), complaints(), parts.on_failure);
         Ok(Self {
             engine: Engine::new(
@@ -122,8 +138,14 @@ impl Worker {
             lot: Lot::new(parts.parking.bay(waker.clone()))?,
             lane: parts.gate.lane(waker),
             beat: parts.pulse.beat(),
-            hold: Arc::new(parts.memory.memory().into_inner()),
-            memory: parts.memory,
+            hold: Arc::new(memory.memory().into_inner()),
+            memory,
+            behind: false,
+            maps: parts.maps,
+            queue: parts.queue,
+            records: parts.records,
+            record: None,
+            again: VecDeque::new(),
             complaints: complaints(),
             state: parts.state,
         })
@@ -161,6 +183,7 @@ impl Worker {
             busy |= self.publish(vring) || popped == Popped::Some;
             if !busy && (popped == Popped::Blocked || !(self.linger(vring) || self.rearm(vring))) {
                 self.beat.rest();
+                self.behind = self.behind && !self.maps.prune();
                 return self.state.rest();
             }
         }
@@ -172,65 +195,107 @@ impl Worker {
         let current = self.memory.memory();
         if !ptr::eq::<Memory>(&*current, &**self.hold) {
             self.hold = Arc::new(current.into_inner());
+            self.behind = true;
         }
     }
 
     /// Pops a batch of requests into slots; the one before has been begun.
     fn pop(&mut self, vring: &Vring) -> Popped {
-        let mut vring = vring.get_mut();
-        if !vring.is_enabled() || !vring.get_queue().ready() || self.state.is_closing() {
+        let mut state = vring.get_mut();
+        if !state.is_enabled() || !state.get_queue().ready() || self.state.is_closing() {
             return Popped::Blocked;
         }
-        let queue = vring.get_queue_mut();
+        let queue = state.get_queue_mut();
+        if vring.take_started()
+            && let Err(error) = self.start(queue)
+        {
+            vring.put_started();
+            return self.broken(&error);
+        }
         let next = Wrapping(queue.next_avail());
         let waiting = match queue.avail_idx::<Memory>(&self.hold, Ordering::Acquire) {
             Ok(offered) => usize::from((offered - next).0),
             Err(error) => return self.broken(&error),
         };
-        if waiting == 0 {
+        if waiting == 0 && self.again.is_empty() {
             return Popped::Empty;
         }
         // Only now: these requests may be in memory that was added just before they were offered.
         self.refresh_memory();
+        match self.pop_some(queue, waiting) {
+            Ok(popped) => popped,
+            Err(error) => self.broken(&error),
+        }
+    }
+
+    /// Pops of what is to be submitted again and of the `waiting` requests in the ring, as many as there is room for.
+    fn pop_some(&mut self, queue: &mut Queue, waiting: usize) -> std::result::Result<Popped, QueueError> {
         let hold = Arc::clone(&self.hold);
         let memory: &Memory = &hold;
-        if let Err(error) = queue.disable_notification(memory) {
-            return self.broken(&error);
-        }
-        let mut chains = match queue.iter(memory) {
-            Ok(chains) => chains,
-            Err(error) => return self.broken(&error),
-        };
-        let mut blocked = false;
-        while self.popped.len() < BATCH.min(waiting) {
+        queue.disable_notification(memory)?;
+        let table = Table { addr: GuestAddress(queue.desc_table()), size: queue.size() };
+        let mut offered = queue.iter(memory)?;
+        let (mut blocked, all) = (false, waiting + self.again.len());
+        while self.popped.len() < BATCH.min(all) {
             blocked = self.free.is_empty() || !self.lane.enter();
             if blocked {
                 break;
             }
-            let (Some(chain), Some(index)) = (chains.next(), self.free.pop()) else {
+            let again = self.again.pop_front();
+            let head = again.or_else(|| offered.next().map(|chain| chain.head_index()));
+            let (Some(head), Some(index)) = (head, self.free.pop()) else {
                 // The ring has shrunk, or is not all in memory.
                 self.lane.leave(1);
                 blocked = true;
                 break;
             };
-            let head = chain.head_index();
-            let request = self.segments.read(memory, chain);
+            if let (Some(record), None) = (&mut self.record, again) {
+                record.taken(head);
+            }
+            let request = self.segments.read(memory, Chain::new(memory, table, head));
             if let Some(slot) = self.slots.get_mut(usize::from(index)) {
                 fill(slot, head, &request, &self.segments, &hold);
             }
             self.beat.begun(index);
             self.popped.push(index);
         }
-        // Before the lock is let go: a ring that is stopped after it finds all that was popped.
+        // Before the ring's lock is let go: one that is stopped after it finds all that was popped.
         self.state.popped(self.popped.len());
-        match (self.popped.is_empty(), blocked) {
+        Ok(match (self.popped.is_empty(), blocked) {
             (false, _) => Popped::Some,
             (true, true) => Popped::Blocked,
             (true, false) => Popped::Empty,
-        }
+        })
     }
 
-    fn broken(&mut self, error: &virtio_queue::Error) -> Popped {
+    /// The ring was started: finds what was in flight when it last ran, in the record that the front-end has given.
+    ///
+    /// The ring goes on behind that, whatever the front-end says: it may have looked at the used ring before the last
+    /// answers were in it. Nothing is in flight here, for a ring is drained before it is started again.
+    fn start(&mut self, queue: &mut Queue) -> std::result::Result<(), QueueError> {
+        self.again.clear();
+        self.record = None;
+        self.refresh_memory();
+        let Some(mut record) = self.records.queue(self.queue) else { return Ok(()) };
+        if queue.size() > record.size() {
+            self.complaints.ring("requests in flight are not tracked", &"the ring is longer than its record");
+            return Ok(());
+        }
+        let used = queue.used_idx::<Memory>(&self.hold, Ordering::Acquire)?.0;
+        if let Some(again) = record.recover(used) {
+            let heads = again.len();
+            queue.set_next_used(used);
+            queue.set_next_avail(used.wrapping_add(heads as u16));
+            if heads > 0 {
+                self.complaints.submitted_again(heads);
+            }
+            self.again = again.into();
+        }
+        self.record = Some(record);
+        Ok(())
+    }
+
+    fn broken(&mut self, error: &QueueError) -> Popped {
         self.complaints.ring("the driver's ring makes no sense", error);
         Popped::Blocked
     }
@@ -242,9 +307,8 @@ impl Worker {
         }
         let count = self.engine.finished.len();
         {
-            let mut vring = vring.get_mut();
             let ended = self.engine.finished.iter().filter_map(|index| self.slots.get(usize::from(*index)));
-            answer(&mut vring, &self.hold, ended, &mut self.complaints);
+            answer(vring, &self.hold, self.record.as_ref(), ended, &mut self.complaints);
         }
         for index in self.engine.finished.drain(..) {
             if let Some(slot) = self.slots.get_mut(usize::from(index)) {
@@ -263,9 +327,10 @@ impl Worker {
 
     /// Takes the requests out of their slots that are to be parked. They are outside of the gate then.
     fn park(&mut self) {
+        let ends = self.state.is_stopping() && !self.leaves();
         for (index, kind) in std::mem::take(&mut self.engine.stalled) {
             let Some(slot) = self.slots.get_mut(usize::from(index)) else { continue };
-            if self.state.is_stopping() || self.lot.is_full() {
+            if ends || self.lot.is_full() {
                 self.engine.finish(index, slot, Status::IoError);
                 continue;
             }
@@ -274,6 +339,16 @@ impl Worker {
             self.free.push(index);
             self.lane.leave(1);
         }
+        if self.leaves() {
+            self.state.bell.ring();
+        }
+    }
+
+    /// Whether requests that wait for the host are left to the front-end's record, instead of ending with an error: the
+    /// session ends, and the next one finds them there. A ring that is stopped within a session may be moved to where
+    /// nobody has the record.
+    fn leaves(&self) -> bool {
+        self.state.is_closing() && self.record.is_some()
     }
 
     /// Begins what is parked anew if it is time to, as far as the gate and the slots allow; `false` if there was nothing
@@ -295,9 +370,17 @@ impl Worker {
         any
     }
 
-    /// Answers what is parked with an error, for its ring is being stopped.
+    /// Answers what is parked with an error, for its ring is being stopped, or leaves it to the record.
     fn give_up(&mut self, vring: &Vring) {
         let mut all = self.lot.empty();
+        if self.leaves() {
+            tracing::info!(
+                requests = all.len(),
+                "requests that waited for the host wait for the next session"
+            );
+            all.iter().for_each(|_| self.beat.ended(NO_SLOT));
+            return self.state.answered(all.len());
+        }
         for slot in &mut all {
             (slot.status, slot.written) = (Status::IoError, 0);
             self.beat.ended(NO_SLOT, slot.ended());
@@ -306,7 +389,7 @@ impl Worker {
             requests = all.len(),
             "requests that waited for the host end with an error: their ring stops"
         );
-        answer(&mut vring.get_mut(), &self.hold, all.iter(), &mut self.complaints);
+        answer(vring, &self.hold, self.record.as_ref(), all.iter(), &mut self.complaints);
         self.state.answered(all.len());
     }
 
@@ -345,20 +428,24 @@ impl Worker {
 
 /// Writes the used ring entries of these requests, and calls the driver if it wants to be.
 fn answer<'a>(
-    vring: &mut MutexGuard<'_, VringState<SharedMemory>>,
+    vring: &Vring,
     memory: &Memory,
+    record: Option<&QueueRecord>,
     ended: impl Iterator<Item = &'a Slot>,
     complaints: &mut Complaints,
 ) {
-    let queue = vring.get_queue_mut();
+    let mut state = vring.get_mut();
+    let queue = state.get_queue_mut();
     for slot in ended {
         let len = write_status(slot);
-        if let Err(error) = queue.add_used(memory, slot.head, len) {
-            complaints.ring("could not write to the used ring", &error);
+        record.inspect(|record| record.answering(slot.head));
+        match queue.add_used(memory, slot.head, len) {
+            Ok(()) => drop(record.inspect(|record| record.answered(slot.head, queue.next_used()))),
+            Err(error) => complaints.ring("could not write to the used ring", &error),
         }
     }
     if queue.needs_notification(memory).unwrap_or(true)
-        && let Err(error) = vring.signal_used_queue()
+        && let Err(error) = vring.call(&state)
     {
         complaints.ring("could not call the driver", &error);
     }

@@ -1,9 +1,9 @@
 //! Chains as no driver of good will makes them.
 
 use super::*;
+use crate::chain::Table;
 use virtio_queue::desc::RawDescriptor as Raw;
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::Permissions;
 
 type Desc = (u64, u32, u16, u16);
@@ -13,8 +13,6 @@ const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
 const TABLE: u64 = 0x1000;
-const AVAIL: u64 = 0x2000;
-const USED: u64 = 0x3000;
 /// Where tests put headers and data.
 const DATA: u64 = 0x10000;
 /// A second table, for indirect descriptors.
@@ -39,16 +37,9 @@ fn header(memory: &Memory, addr: u64, kind: u32, sector: u64) {
     memory.write_obj(sector, GuestAddress(addr + 8)).unwrap();
 }
 
-/// Offers the chain that starts at descriptor 0 and reads it.
+/// Reads the chain that starts at descriptor 0.
 fn read(memory: &Memory) -> (Request, Segments) {
-    let mut queue = Queue::new(SIZE).unwrap();
-    queue.set_desc_table_address(Some(TABLE as u32), None);
-    queue.set_avail_ring_address(Some(AVAIL as u32), None);
-    queue.set_used_ring_address(Some(USED as u32), None);
-    queue.set_ready(true);
-    memory.write_obj(0_u16, GuestAddress(AVAIL + 4)).unwrap();
-    memory.write_obj(1_u16, GuestAddress(AVAIL + 2)).unwrap();
-    let chain = queue.iter(memory).unwrap().next().unwrap();
+    let chain = Chain::new(memory, Table { addr: GuestAddress(TABLE), size: SIZE }, 0);
     let mut segments = Segments::default();
     (segments.read(memory, chain), segments)
 }

@@ -6,17 +6,20 @@ use std::time::Duration;
 
 use block::testing::MemStorage;
 use block::{ByteRange, Extent, Flush, RawDisk, WriteGuard};
+use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::GuestAddress;
+use vm_memory::{FileOffset, GuestAddress};
 
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const SIZE: u16 = 16;
 
 fn guest() -> Memory {
-    Memory::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap()
+    let file = std::fs::File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(0x4000).unwrap();
+    Memory::from_ranges_with_files([(GuestAddress(0), 0x4000, Some(FileOffset::new(file, 0)))]).unwrap()
 }
 
 fn raw() -> RawDisk {
@@ -24,7 +27,9 @@ fn raw() -> RawDisk {
 }
 
 fn worker(guest: &Memory, disk: Arc<dyn Disk>) -> (Worker, Vring) {
-    let memory = SharedMemory::new(guest.clone());
+    let maps = Arc::new(Maps::new().unwrap());
+    maps.publish(guest).unwrap();
+    let memory = maps.current();
     let worker = Worker::new(Parts {
         name: "vda".to_owned(),
         queue: 0,
@@ -35,7 +40,8 @@ fn worker(guest: &Memory, disk: Arc<dyn Disk>) -> (Worker, Vring) {
         parking: Arc::default(),
         on_failure: Arc::new(|_| {}),
         cache: Arc::new(CacheMode::new()),
-        memory: memory.clone(),
+        maps,
+        records: Records::default(),
         state: Arc::new(QueueState::new().unwrap()),
     });
     let vring = Vring::new(memory, 256).unwrap();
