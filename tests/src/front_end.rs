@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
@@ -28,15 +28,34 @@ const REGION: u64 = 1 << 20;
 /// Where ring `i` is: table, then available ring, then used ring. What is past [`FrontEnd::DATA`] is free for tests.
 const RING_STRIDE: u64 = 0x3000;
 
+fn negotiate(socket: &Path, without: u64) -> io::Result<Frontend> {
+    let mut messages = Frontend::connect(socket, 64).map_err(io::Error::other)?;
+    let negotiate = |messages: &mut Frontend| -> vhost::Result<()> {
+        messages.set_owner()?;
+        let features = messages.get_features()? & !without;
+        messages.set_features(features)?;
+        let offered = messages.get_protocol_features()?;
+        messages.set_protocol_features(offered & !VhostUserProtocolFeatures::LOG_SHMFD)?;
+        messages.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+        assert_eq!(features & (PROTOCOL_FEATURES | VERSION_1), PROTOCOL_FEATURES | VERSION_1);
+        Ok(())
+    };
+    negotiate(&mut messages).map_err(io::Error::other)?;
+    Ok(messages)
+}
+
 /// A connection, its memory, and up to four rings.
 pub struct FrontEnd {
-    messages: Frontend,
+    /// `None` between two connections.
+    messages: Option<Frontend>,
     memory: GuestMemoryMmap<()>,
     file: File,
     kicks: Vec<EventFd>,
     calls: Vec<EventFd>,
     offered: Vec<u16>,
     taken: Vec<u16>,
+    without: u64,
+    record: Option<(VhostUserInflight, File)>,
 }
 
 impl FrontEnd {
@@ -53,26 +72,67 @@ impl FrontEnd {
 
     /// Connects and negotiates, with all the device's features but for those in `without`; no ring is set up.
     pub fn connect(socket: &Path, rings: usize, without: u64) -> io::Result<Self> {
-        let mut messages = Frontend::connect(socket, 64).map_err(io::Error::other)?;
+        let messages = Some(negotiate(socket, without)?);
         let file: File = memfd_create("guest", MemfdFlags::CLOEXEC)?.into();
         file.set_len(2 * REGION)?;
         let whole = (GuestAddress(0), 2 * REGION as usize, Some(FileOffset::new(file.try_clone()?, 0)));
         let memory = GuestMemoryMmap::from_ranges_with_files([whole]).map_err(io::Error::other)?;
-        let negotiate = |messages: &mut Frontend| -> vhost::Result<()> {
-            messages.set_owner()?;
-            let features = messages.get_features()? & !without;
-            messages.set_features(features)?;
-            let offered = messages.get_protocol_features()?;
-            messages.set_protocol_features(offered & !VhostUserProtocolFeatures::LOG_SHMFD)?;
-            messages.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
-            assert_eq!(features & (PROTOCOL_FEATURES | VERSION_1), PROTOCOL_FEATURES | VERSION_1);
-            Ok(())
-        };
-        negotiate(&mut messages).map_err(io::Error::other)?;
         let events = || (0..rings).map(|_| EventFd::new(EFD_NONBLOCK)).collect::<io::Result<Vec<_>>>();
         let (kicks, calls) = (events()?, events()?);
         let zeroes = vec![0; rings];
-        Ok(Self { messages, memory, file, kicks, calls, offered: zeroes.clone(), taken: zeroes })
+        let (offered, taken, record) = (zeroes.clone(), zeroes, None);
+        Ok(Self { messages, memory, file, kicks, calls, offered, taken, without, record })
+    }
+
+    /// Has the device make a record of what is in flight, and keeps it for each connection from now on.
+    pub fn track(&mut self) -> vhost::Result<()> {
+        let asked = VhostUserInflight::new(0, 0, self.kicks.len() as u16, SIZE);
+        let (shape, file) = self.messages().get_inflight_fd(&asked)?;
+        self.set_record(shape, file)
+    }
+
+    /// Gives the device this record, and keeps it for each connection from now on.
+    pub fn set_record(&mut self, shape: VhostUserInflight, file: File) -> vhost::Result<()> {
+        let set = self.messages().set_inflight_fd(&shape, file.as_raw_fd());
+        self.record = Some((shape, file));
+        set
+    }
+
+    /// The record, and its shape.
+    pub fn record(&self) -> Option<&(VhostUserInflight, File)> {
+        self.record.as_ref()
+    }
+
+    /// Goes, and leaves the guest as it is.
+    pub fn disconnect(&mut self) {
+        self.messages = None;
+    }
+
+    /// Connects again, as QEMU does: the guest and its rings know nothing of it, and go on from where the used ring is.
+    pub fn reconnect(&mut self, socket: &Path) -> io::Result<()> {
+        self.disconnect();
+        self.messages = Some(negotiate(socket, self.without)?);
+        if let Some((shape, file)) = self.record.take() {
+            self.set_record(shape, file).map_err(io::Error::other)?;
+        }
+        self.set_memory(2).map_err(io::Error::other)?;
+        for ring in 0..self.kicks.len() {
+            let used = GuestAddress(Self::table(ring) + 0x2002);
+            let base = self.memory.read_obj(used).map_err(io::Error::other)?;
+            self.start_at(ring, base).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    /// Takes all of the memory away, and kicks. Nothing of it may be looked at any more.
+    pub fn kick_without_memory(&self, ring: usize) {
+        self.file.set_len(0).unwrap();
+        self.kicks[ring].write(1).unwrap();
+    }
+
+    /// The file of the guest's memory.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Sends the memory table: both regions, or only the first.
@@ -87,7 +147,7 @@ impl FrontEnd {
                 mmap_handle: self.file.as_raw_fd(),
             })
             .collect();
-        self.messages.set_mem_table(&table).map(drop)
+        self.messages().set_mem_table(&table).map(drop)
     }
 
     /// Where the memory is in this process; the front-end's addresses are made of it.
@@ -99,10 +159,14 @@ impl FrontEnd {
 
     /// Sets up ring `ring` from where it was left, and enables it.
     pub fn start(&mut self, ring: usize) -> vhost::Result<()> {
+        self.start_at(ring, self.offered[ring])
+    }
+
+    fn start_at(&mut self, ring: usize, next: u16) -> vhost::Result<()> {
         let base = self.base();
         let at = base + ring as u64 * RING_STRIDE;
-        self.messages.set_vring_num(ring, SIZE)?;
-        self.messages.set_vring_base(ring, self.offered[ring])?;
+        self.messages().set_vring_num(ring, SIZE)?;
+        self.messages().set_vring_base(ring, next)?;
         let config = VringConfigData {
             queue_max_size: SIZE,
             queue_size: SIZE,
@@ -112,26 +176,27 @@ impl FrontEnd {
             used_ring_addr: at + 0x2000,
             log_addr: None,
         };
-        self.messages.set_vring_addr(ring, &config)?;
-        self.messages.set_vring_call(ring, &self.calls[ring])?;
-        self.messages.set_vring_kick(ring, &self.kicks[ring])?;
-        self.messages.set_vring_enable(ring, true)
+        self.messages().set_vring_addr(ring, &config)?;
+        let messages = self.messages.as_mut().unwrap();
+        messages.set_vring_call(ring, &self.calls[ring])?;
+        messages.set_vring_kick(ring, &self.kicks[ring])?;
+        messages.set_vring_enable(ring, true)
     }
 
     /// Stops ring `ring`, and returns the next available index that the device would take.
     pub fn stop(&mut self, ring: usize) -> vhost::Result<u32> {
-        self.messages.get_vring_base(ring)
+        self.messages().get_vring_base(ring)
     }
 
     /// The other messages.
     pub fn messages(&mut self) -> &mut Frontend {
-        &mut self.messages
+        self.messages.as_mut().unwrap()
     }
 
     /// So many bytes of the configuration space.
     pub fn config(&mut self, offset: u32, size: u32) -> vhost::Result<Vec<u8>> {
         let flags = VhostUserConfigFlags::WRITABLE;
-        Ok(self.messages.get_config(offset, size, flags, &vec![0; size as usize])?.1)
+        Ok(self.messages().get_config(offset, size, flags, &vec![0; size as usize])?.1)
     }
 
     /// The guest's memory.

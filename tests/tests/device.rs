@@ -6,8 +6,12 @@ mod device {
     mod data;
     mod gate;
     mod hostile;
+    mod inflight;
+    mod messages;
     mod parked;
     mod resize;
     mod served;
     mod session;
+    mod truncated;
+    mod wire;
 }

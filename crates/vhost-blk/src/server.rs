@@ -245,7 +245,7 @@ impl Shared {
         let served = match daemon {
             Ok(mut daemon) => {
                 let served = self.converse(config, &device, &mut daemon, listener, loopback);
-                // The framework leaves the rings running when a front-end goes.
+                // The framework leaves the rings running when a front-end goes, or when there was none after all.
                 device.close();
                 served
                 // Here the daemon goes, and its threads are joined.
@@ -291,6 +291,8 @@ impl Shared {
         *self.session() = None;
         // The framework reads to the end what has been passed on.
         drop(framework);
+        // Before that is waited for: a worker that its front-end holds up may hold a ring's lock, and is freed here.
+        device.close();
         let ended = daemon.wait();
         if let Err(error) = relayed {
             tracing::warn!(disk = config.name, "the session is ended: {error}");

@@ -378,7 +378,7 @@ impl Worker {
                 requests = all.len(),
                 "requests that waited for the host wait for the next session"
             );
-            all.iter().for_each(|_| self.beat.ended(NO_SLOT));
+            all.iter().for_each(|_| self.beat.ended(NO_SLOT, None));
             return self.state.answered(all.len());
         }
         for slot in &mut all {

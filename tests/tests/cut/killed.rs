@@ -1,115 +1,265 @@
-//! `kill -9` under load. The guest lives on: whatever was acknowledged must be there when the daemon is back, flushed or
-//! not.
+//! `kill -9` under load. The guest lives on, as one does whose front-end keeps a record of what is in flight: every request
+//! is answered once, without an error, and whatever was acknowledged is there, flushed or not.
+//!
+//! Some kills come while snapshots are taken, others while they are deleted, layers are merged, dirty bitmaps come and go,
+//! a backup runs. `KILLS` in the environment says how many each test takes; `make kills` gives it.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use control::client::Client;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::guest::Guest;
 use crate::images::{check_sound, same};
 use crate::ledger::{Clock, Cut, Ledger, prove};
-use crate::load::{Load, Mix};
+use crate::load::Mix;
 use crate::served::{Served, Wanted};
 
 const DISKS: usize = 2;
 const QUEUES: usize = 2;
-const KILLS: usize = 10;
+const PLACES: usize = 64;
 
-/// A snapshot is taken to last no longer, so that the drill does not either.
-const MAX_PACE: Duration = Duration::from_millis(200);
+/// What each test takes, if it is not told.
+const KILLS: usize = 17;
 
-/// Snapshots that are asked for until the daemon dies; their names are `k` and the number of the kill, then a letter.
-struct Asker(thread::JoinHandle<Vec<Cut>>);
+/// Snapshots that are kept to the end; older ones are deleted in the midst of kills.
+const KEPT: usize = 8;
 
-impl Asker {
-    fn start(served: &Served, kill: usize, clock: &Arc<Clock>) -> Self {
-        let (mut client, clock) = (served.qmp(), Arc::clone(clock));
-        Self(thread::spawn(move || ask(&mut client, kill, &clock)))
-    }
+/// The guest is served again within it, on a slow machine too.
+const SOON: Duration = Duration::from_secs(5);
+
+/// The latest moment of a kill, from the first command on.
+const LATEST: Duration = Duration::from_millis(120);
+
+/// What is under way when the daemon is killed. Each is done again and again until it is gone.
+#[derive(Clone, Copy, Debug)]
+enum Deed {
+    Nothing,
+    Snapshots,
+    Deletes,
+    Merges,
+    Bitmaps,
+    Backup,
 }
 
-fn ask(client: &mut Client, kill: usize, clock: &Clock) -> Vec<Cut> {
-    let mut cuts = Vec::new();
-    for letter in 'a'..='z' {
-        let (name, asked) = (format!("k{kill}{letter}"), clock.now());
-        let taken = client.execute("snapshot-create", json!({ "name": name }), |_, _| {});
-        // Killed before the answer: the cut was at any time until now, if it was.
-        cuts.push(Cut { name, asked, answered: clock.now() });
-        if taken.is_err() {
-            break;
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    cuts
+const DEEDS: [Deed; 6] =
+    [Deed::Snapshots, Deed::Deletes, Deed::Merges, Deed::Bitmaps, Deed::Backup, Deed::Nothing];
+
+/// What was asked for: the cuts, and how many commands were carried out. The last one may be missing: its answer is.
+#[derive(Default)]
+struct Done {
+    cuts: Vec<Cut>,
+    commands: usize,
 }
 
-/// Kills the daemon again and again; proves after each kill that nothing was lost, and at last each snapshot.
-fn drill(format: &'static str, cache: &'static str, size: usize, mix: Mix) {
-    let places = 64;
-    let bytes = (size * places * QUEUES) as u64;
-    let mut served = Served::start(Wanted { format, cache, disks: DISKS, queues: QUEUES, bytes });
-    let clock = Arc::new(Clock::new());
-    let new = |queue| Ledger::new(size, queue, QUEUES, places);
-    let mut ledgers: Vec<Vec<Ledger>> = vec![(0..QUEUES).map(new).collect(); DISKS];
-    let begin = Instant::now();
-    let mut cuts = vec![served.snapshot("first", &clock)];
-    let pace = begin.elapsed().min(MAX_PACE);
-    for kill in 0..KILLS {
-        let load = Load::connect(&served.sockets, ledgers, mix, &clock);
-        // With and without snapshots under way.
-        let asker = (kill % 3 != 2).then(|| Asker::start(&served, kill, &clock));
-        // At a time of its own within the first snapshot, or the second.
-        thread::sleep(pace * (kill as u32 * 7 % 20 + 1) / 10 + Duration::from_millis(3));
-        served.kill();
-        ledgers = load.leave();
-        let asked = asker.map_or_else(Vec::new, |asker| asker.0.join().unwrap());
-        after_kill(&served);
-        served.restart();
-        let found = served.names();
-        for (disk, ledgers) in ledgers.iter_mut().enumerate() {
-            let image = served.read(disk);
-            ledgers.iter_mut().for_each(|ledger| ledger.settle(&image, clock.now()));
+struct Drill {
+    served: Served,
+    clock: Arc<Clock>,
+    guests: Vec<Guest>,
+    /// The snapshots that there are, oldest first.
+    cuts: Vec<Cut>,
+    /// Snapshots that were asked to be deleted: some are gone, some will be.
+    condemned: BTreeSet<String>,
+    restarts: Vec<Duration>,
+    size: usize,
+}
+
+impl Drill {
+    fn start(format: &'static str, cache: &'static str, size: usize, mix: Mix) -> Self {
+        let bytes = (size * PLACES * QUEUES) as u64;
+        let served = Served::start(Wanted { format, cache, disks: DISKS, queues: QUEUES, bytes });
+        let clock = Arc::new(Clock::new());
+        let ledgers = || (0..QUEUES).map(|queue| Ledger::new(size, queue, QUEUES, PLACES)).collect();
+        let start = |socket| Guest::start(socket, ledgers(), mix, &clock);
+        let guests = served.sockets.iter().map(|socket| start(socket)).collect();
+        let cuts = vec![served.snapshot("first", &clock)];
+        Self { served, clock, guests, cuts, condemned: BTreeSet::new(), restarts: Vec::new(), size }
+    }
+
+    /// Has something under way, and kills the daemon in its midst.
+    fn kill(&mut self, kill: usize, deed: Deed) -> usize {
+        let targets = self.targets(kill, deed);
+        let (mut client, clock) = (self.served.qmp(), Arc::clone(&self.clock));
+        let doer = thread::spawn(move || {
+            let mut done = Done::default();
+            while deed.once(&mut client, &clock, kill, &targets, &mut done) {
+                done.commands += 1;
+                thread::sleep(Duration::from_millis(3));
+            }
+            done
+        });
+        // A multiplier that has no factor in common with the modulus: each moment comes once, in no order.
+        thread::sleep(LATEST * (kill as u32 * 37 % 101 + 1) / 101);
+        self.served.kill();
+        let done = doer.join().unwrap();
+        let layers =
+            self.served.ids().into_iter().flat_map(|id| self.served.layers(&id).into_iter().rev().take(3));
+        layers.filter(|(_, format)| format == "qcow2").for_each(|(path, _)| check_sound(&path));
+        let begin = Instant::now();
+        self.served.restart();
+        self.wait_for_guests(begin);
+        self.check_names(done.cuts);
+        done.commands
+    }
+
+    /// Names for what the deed deals with: snapshots to be deleted, files to be written.
+    fn targets(&mut self, kill: usize, deed: Deed) -> Vec<String> {
+        match deed {
+            Deed::Deletes => {
+                let old = self.cuts.len().saturating_sub(KEPT);
+                let names: Vec<_> = self.cuts.drain(..old).map(|cut| cut.name).collect();
+                self.condemned.extend(names.iter().cloned());
+                names
+            }
+            Deed::Backup => {
+                let file = self.served.path(&format!("backup{kill}.raw"));
+                std::fs::File::create(&file).unwrap().set_len((self.size * PLACES * QUEUES) as u64).unwrap();
+                vec![file.to_str().unwrap().to_owned()]
+            }
+            _ => Vec::new(),
         }
-        // Only the last one may be missing: its answer is.
+    }
+
+    fn wait_for_guests(&mut self, begin: Instant) {
+        let kills = self.restarts.len() + 1;
+        let back = |guest: &Guest| loop {
+            if let Some(back) = guest.back().get(kills - 1) {
+                return back.duration_since(begin);
+            }
+            assert!(begin.elapsed() < SOON, "a guest is not served again");
+            thread::sleep(Duration::from_millis(1));
+        };
+        let slowest = self.guests.iter().map(back).max().unwrap();
+        self.restarts.push(slowest);
+    }
+
+    /// All snapshots that there must be are there, and no others than may be.
+    fn check_names(&mut self, asked: Vec<Cut>) {
+        let found: BTreeSet<_> = self.served.names().into_iter().collect();
         let certain = asked.len().saturating_sub(1);
         for (number, cut) in asked.into_iter().enumerate() {
             let listed = found.contains(&cut.name);
             assert!(listed || number >= certain, "{cut:?} was answered and is not there: {found:?}");
-            cuts.extend(listed.then_some(cut));
+            self.cuts.extend(listed.then_some(cut));
         }
-        assert_eq!(found.len(), cuts.len(), "{found:?}");
+        for cut in &self.cuts {
+            assert!(found.contains(&cut.name), "{cut:?} is gone: {found:?}");
+        }
+        let known =
+            |name: &&String| self.condemned.contains(*name) || self.cuts.iter().any(|cut| cut.name == **name);
+        assert_eq!(found.iter().find(|name| !known(name)), None, "nobody asked for it");
     }
-    for cut in &cuts {
-        let images = served.export_all(&cut.name).into_iter();
-        let disks: Vec<_> = images.zip(&ledgers).map(|(image, all)| (image, all.iter().collect())).collect();
-        prove(cut, &disks);
+
+    /// Ends the guests, proves each snapshot; after a clean end the images are whole, but for what leaked in a kill, and
+    /// read as the disks did.
+    fn finish(mut self) {
+        self.wait_for_jobs();
+        let mut ledgers: Vec<_> = self.guests.drain(..).map(Guest::finish).collect();
+        let disks: Vec<_> = (0..DISKS).map(|disk| self.served.read(disk)).collect();
+        for (image, ledgers) in disks.iter().zip(&mut ledgers) {
+            ledgers.iter_mut().for_each(|ledger| ledger.settle(image, self.clock.now()));
+        }
+        for cut in &self.cuts {
+            let images = self.served.export_all(&cut.name).into_iter();
+            let disks: Vec<_> =
+                images.zip(&ledgers).map(|(image, all)| (image, all.iter().collect())).collect();
+            prove(cut, &disks);
+        }
+        self.report();
+        self.served.stop();
+        for (disk, id) in self.served.ids().iter().enumerate() {
+            let layers = self.served.layers(id);
+            let (top, format) = layers.last().unwrap();
+            check_sound(top);
+            let raw = self.served.path("last.raw");
+            std::fs::write(&raw, &disks[disk]).unwrap();
+            same(&raw, top, format);
+        }
     }
-    the_end(served);
+
+    /// What was under way goes on by itself.
+    fn wait_for_jobs(&self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.served.ask("query-jobs", json!({})) != json!([]) {
+            assert!(Instant::now() < deadline, "jobs do not end");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn report(&self) {
+        let mut restarts = self.restarts.clone();
+        restarts.sort();
+        let log = std::fs::read_to_string(self.served.path("log")).unwrap();
+        let again = log.lines().filter(|line| line.contains("are submitted again"));
+        let again: usize =
+            again.filter_map(|line| line.split("requests=").nth(1)?.trim().parse::<usize>().ok()).sum();
+        println!(
+            "{} kills, {again} requests submitted again, served again after {:?} (median), {:?} (longest)",
+            restarts.len(),
+            restarts[restarts.len() / 2],
+            restarts[restarts.len() - 1],
+        );
+        assert!(again > 0, "nothing was in flight at any kill");
+    }
 }
 
-/// QEMU's tools find no errors in what a kill leaves: in the layers that were in use, the others have not changed.
-fn after_kill(served: &Served) {
-    for id in served.ids() {
-        let layers = served.layers(&id);
-        let qcow2 = layers.iter().rev().filter(|(_, format)| format == "qcow2");
-        qcow2.take(3).for_each(|(path, _)| check_sound(path));
+impl Deed {
+    /// Does it once; `false` when the daemon is gone.
+    fn once(
+        self,
+        client: &mut Client,
+        clock: &Clock,
+        kill: usize,
+        targets: &[String],
+        done: &mut Done,
+    ) -> bool {
+        let number = done.commands;
+        let mut ask = |command: &str, arguments: Value| client.execute(command, arguments, |_, _| {}).is_ok();
+        match self {
+            Self::Nothing => false,
+            Self::Snapshots => {
+                let (name, asked) = (format!("k{kill}n{number}"), clock.now());
+                let taken = ask("snapshot-create", json!({ "name": name }));
+                // Killed before the answer: the cut was at any time until now, if it was.
+                done.cuts.push(Cut { name, asked, answered: clock.now() });
+                taken && number < KEPT
+            }
+            Self::Deletes => {
+                targets.get(number).is_some_and(|name| ask("snapshot-delete", json!({ "name": name })))
+            }
+            Self::Merges => ask("block-stream", json!({ "device": "vd1", "job-id": "merge" })),
+            Self::Bitmaps => {
+                let bitmap =
+                    json!({ "node": "vd0", "name": format!("k{kill}n{number}"), "persistent": true });
+                ask("block-dirty-bitmap-add", bitmap.clone())
+                    && (number.is_multiple_of(3)
+                        || ask("block-dirty-bitmap-remove", json!({ "node": "vd0", "name": bitmap["name"] })))
+            }
+            Self::Backup => {
+                let name = format!("target{number}");
+                let file = json!({ "driver": "file", "filename": targets[0] });
+                let target = json!({ "driver": "raw", "node-name": name, "file": file });
+                let backup = json!({ "device": "vd0", "target": name, "sync": "full", "job-id": "backup", "speed": 65536 });
+                number == 0 && ask("blockdev-add", target) && ask("blockdev-backup", backup)
+            }
+        }
     }
 }
 
-/// After a clean end the images are whole, but for what leaked in a kill, and read as the disk did.
-fn the_end(mut served: Served) {
-    let disks: Vec<_> = (0..DISKS).map(|disk| served.read(disk)).collect();
-    served.stop();
-    for (disk, id) in served.ids().iter().enumerate() {
-        let layers = served.layers(id);
-        let (top, format) = layers.last().unwrap();
-        check_sound(top);
-        let raw = served.path("last.raw");
-        std::fs::write(&raw, &disks[disk]).unwrap();
-        same(&raw, top, format);
+/// Kills the daemon again and again.
+fn drill(format: &'static str, cache: &'static str, size: usize, mix: Mix) {
+    let kills = std::env::var("KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(KILLS);
+    let mut drill = Drill::start(format, cache, size, mix);
+    let mut done = [0; DEEDS.len()];
+    for kill in 0..kills {
+        let number = kill % DEEDS.len();
+        done[number] += drill.kill(kill, DEEDS[number]);
     }
+    println!("commands carried out: {:?}", DEEDS.iter().zip(done).collect::<Vec<_>>());
+    drill.finish();
 }
 
 #[test]

@@ -84,6 +84,14 @@ impl Ledger {
         self.places[place].last_mut().unwrap().answered = now;
     }
 
+    /// What the place holds if no change of it is in flight.
+    pub(crate) fn content(&self, place: usize) -> Vec<u8> {
+        match self.places[place].last() {
+            Some(Change { zero: false, submitted, .. }) => self.bytes(place, *submitted),
+            _ => vec![0; self.size],
+        }
+    }
+
     /// How many changes were answered in all.
     pub(crate) fn count(&self) -> usize {
         let answered =

@@ -12,6 +12,7 @@ mod exports;
 mod foreign;
 mod full;
 mod grown;
+mod guest;
 mod held;
 mod images;
 mod jobs;
