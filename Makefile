@@ -53,6 +53,14 @@ fuzz: ## fuzz the image format and NBD; needs nightly Rust and cargo-fuzz
 	$(CARGO) +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
 	-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=1024 -timeout=10; done
 
+# In all: three kinds of images take turns.
+KILLS ?= 500
+
+.PHONY: kills
+kills: deps ## kill the daemon so many times under load (KILLS=500), and prove that nothing was lost
+	$(CARGO) build --quiet
+	KILLS=$$((($(KILLS) + 2) / 3)) $(CARGO) test --quiet -p frazil-tests --test cut killed:: -- --nocapture --test-threads 1
+
 .PHONY: build
 build: ## build the release binary
 	$(CARGO) build --quiet --release
