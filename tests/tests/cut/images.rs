@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 /// Runs `qemu-img`, which must start.
 pub(crate) fn qemu_img(arguments: &[&str]) -> Output {
@@ -28,8 +29,19 @@ pub(crate) fn same(raw: &Path, image: &Path, format: &str) {
     expect(&["compare", "-f", "raw", "-F", format, text(raw), text(image)], &[0]);
 }
 
+/// A process that was killed lets go of its locks only when the kernel has ended its io_urings, some time later.
+const LOCKED: Duration = Duration::from_secs(5);
+
 fn expect(arguments: &[&str], codes: &[i32]) {
-    let output = qemu_img(arguments);
+    let deadline = Instant::now() + LOCKED;
+    let output = loop {
+        let output = qemu_img(arguments);
+        let locked = String::from_utf8_lossy(&output.stderr).contains("lock");
+        if !locked || Instant::now() > deadline {
+            break output;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
     let said =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.code().is_some_and(|code| codes.contains(&code)), "qemu-img {arguments:?}: {said}");
