@@ -72,7 +72,9 @@ fn random_reads(uri: &str, depth: usize) -> Result<Rate> {
     if !output.status.success() {
         return Err(Error::new(format!("fio: {}", String::from_utf8_lossy(&output.stderr))));
     }
-    let told: Value = serde_json::from_slice(&output.stdout)?;
+    // Notes may come before it.
+    let begin = output.stdout.iter().position(|byte| *byte == b'{').unwrap_or(0);
+    let told: Value = serde_json::from_slice(output.stdout.get(begin..).unwrap_or_default())?;
     let number = |at: &str| {
         let number = told.pointer(&format!("/jobs/0/read/{at}")).and_then(Value::as_f64);
         number.ok_or_else(|| Error::new(format!("fio does not tell {at}")))
