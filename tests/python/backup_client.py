@@ -49,7 +49,8 @@ class Disk:
 
     def actions(self, way: str, kind: str, speed: int) -> list[dict]:
         """What the transaction does to it."""
-        backup = {"target": self.target, "job_id": f"backup-{self.device}", "speed": speed, "compress": False}
+        compress = self.file.endswith(".qcow2")
+        backup = {"target": self.target, "job_id": f"backup-{self.device}", "speed": speed, "compress": compress}
         source = self.access if way == "filter" else self.node
         clear = action("block-dirty-bitmap-clear", node=self.node, name=BITMAP)
         if kind == "incremental" and way == "direct":

@@ -75,14 +75,15 @@ impl Backups {
         let disk = self.disk_at(path)?;
         match self.named(value)? {
             Named::Disk(same) if same == disk => {
-                self.filters(&disk).iter().for_each(|filter| *filter.view() = View::default());
+                self.put_on(&disk, None);
                 return Ok(());
             }
             Named::Node(node) => {
                 if let Kind::CopyBeforeWrite(filter) = &node.kind
                     && filter.disk == disk
                 {
-                    let pin = self.cut(vec![disk])?.pop();
+                    let pin = self.cut(vec![disk.clone()])?.pop();
+                    self.put_on(&disk, Some(filter));
                     *filter.view() = View { pin, used: false };
                     return Ok(());
                 }
@@ -91,6 +92,17 @@ impl Backups {
         }
         let story = format!("'{value}' is neither the disk nor a copy-before-write node on it");
         Err(Error::new(ErrorKind::Unsupported, story))
+    }
+
+    /// Puts this filter on the disk, in place of the one that is; with `None` all are taken off, and show nothing any more.
+    fn put_on(&self, disk: &str, put: Option<&Arc<Filter>>) {
+        for filter in self.filters(disk) {
+            let is_put = put.is_some_and(|put| Arc::ptr_eq(put, &filter));
+            filter.set_on(is_put);
+            if put.is_none() {
+                *filter.view() = View::default();
+            }
+        }
     }
 
     /// Where a disk stands among QEMU's objects.
@@ -140,9 +152,23 @@ impl Backups {
         Ok(Arc::clone(view.pin.get_or_insert(pin)))
     }
 
-    /// Cuts disks at one instant, without a word to the guest: whoever speaks QMP to a disk freezes the guest itself.
+    /// Cuts disks at one instant, without a word to the guest: whoever speaks QMP to a disk freezes the guest itself. A
+    /// read-only disk is taken as it is.
     pub(crate) fn cut(&self, disks: Vec<String>) -> Result<Vec<Arc<Pin>>> {
-        let request = CutRequest { snapshot: None, disks: Some(disks), freeze: Some(FreezePolicy::Never) };
-        Ok(self.manager.cut_with(request, &[])?.pins.into_iter().map(Arc::new).collect())
+        let (unchanging, disks): (Vec<_>, Vec<_>) =
+            disks.into_iter().partition(|disk| self.is_read_only(disk));
+        let mut pins =
+            unchanging.iter().map(|disk| self.manager.pin_read_only(disk)).collect::<Result<Vec<_>>>()?;
+        if !disks.is_empty() {
+            let request =
+                CutRequest { snapshot: None, disks: Some(disks), freeze: Some(FreezePolicy::Never) };
+            pins.extend(self.manager.cut_with(request, &[])?.pins);
+        }
+        Ok(pins.into_iter().map(Arc::new).collect())
+    }
+
+    /// Whether a disk has one state for ever.
+    pub(crate) fn is_read_only(&self, disk: &str) -> bool {
+        self.manager.disks().iter().any(|found| found.id == disk && found.read_only)
     }
 }

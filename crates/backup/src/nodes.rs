@@ -126,7 +126,7 @@ impl Nodes {
             ));
         };
         // One is the list's own. A job reads what is in a snapshot-access node.
-        if Arc::strong_count(node) > 1 || node.is_read() {
+        if Arc::strong_count(node) > 1 || node.is_read() || node.is_on() {
             return Err(Error::new(ErrorKind::Busy, format!("Node {name} is in use")));
         }
         nodes.remove(name);
@@ -259,6 +259,11 @@ impl Node {
             Kind::File { file, .. } => Ok(Arc::clone(file)),
             _ => Err(Error::new(ErrorKind::InvalidInput, format!("Node '{}' is not a file", self.name))),
         }
+    }
+
+    /// Whether it is a filter that is put on its disk.
+    fn is_on(&self) -> bool {
+        matches!(&self.kind, Kind::CopyBeforeWrite(filter) if filter.is_on())
     }
 
     /// Whether a job reads it.

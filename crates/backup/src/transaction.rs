@@ -166,25 +166,30 @@ impl<'a> Plan<'a> {
     fn take_cut(&mut self) -> Result<BTreeMap<String, Arc<Pin>>> {
         let manager = &self.backups.manager;
         self.disks.extend(manager.disks_to_cut(&self.changes));
-        if self.disks.is_empty() {
-            let read = self.read(&[])?;
+        let (unchanging, cut): (Vec<_>, Vec<_>) =
+            self.disks.iter().cloned().partition(|disk| self.backups.is_read_only(disk));
+        let mut pins =
+            unchanging.iter().map(|disk| manager.pin_read_only(disk)).collect::<Result<Vec<_>>>()?;
+        let read;
+        if cut.is_empty() {
+            read = self.read(&pins.iter().collect::<Vec<_>>())?;
             manager.change_marks(&self.changes)?;
-            self.note(read);
-            return Ok(BTreeMap::new());
+        } else {
+            let request = CutRequest { snapshot: None, disks: Some(cut), freeze: Some(FreezePolicy::Never) };
+            let mut found = Read::default();
+            let taken = manager.cut_reading(request, &self.changes, |cut| {
+                found = self.read(&cut.iter().chain(&pins).collect::<Vec<_>>())?;
+                Ok(())
+            })?;
+            pins.extend(taken.pins);
+            read = found;
         }
-        let disks = Some(self.disks.iter().cloned().collect());
-        let request = CutRequest { snapshot: None, disks, freeze: Some(FreezePolicy::Never) };
-        let mut read = Read::default();
-        let taken = manager.cut_reading(request, &self.changes, |pins| {
-            read = self.read(pins)?;
-            Ok(())
-        })?;
         self.note(read);
-        Ok(taken.pins.into_iter().map(|pin| (pin.id().to_owned(), Arc::new(pin))).collect())
+        Ok(pins.into_iter().map(|pin| (pin.id().to_owned(), Arc::new(pin))).collect())
     }
 
     /// Reads what is to be read at the cut, before anything is changed.
-    fn read(&self, pins: &[Pin]) -> Result<Read> {
+    fn read(&self, pins: &[&Pin]) -> Result<Read> {
         let staged = self.stage(pins)?;
         let marked =
             self.ready.iter().map(|ready| self.marked(ready, pins, &staged)).collect::<Result<_>>()?;

@@ -159,7 +159,7 @@ fn wait_for_room(mut served: Served, fill: impl FnOnce(&Served), free: impl FnOn
 }
 
 /// No file may become longer: as on a full disk, and needs no privilege.
-fn limit(served: &Served, bytes: Option<u64>) {
+pub(crate) fn limit(served: &Served, bytes: Option<u64>) {
     let limit = Rlimit { current: bytes, maximum: None };
     prlimit(Pid::from_raw(served.pid().cast_signed()), Resource::Fsize, limit).unwrap();
 }
@@ -210,7 +210,7 @@ fn a_dirty_bitmap_that_finds_no_room_costs_no_snapshot() {
     assert!(String::from_utf8_lossy(&info.stdout).contains("in-use"), "{info:?}");
 }
 
-fn in_memory() -> tempfile::TempDir {
+pub(crate) fn in_memory() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     tempfile::tempdir_in(if memory.is_dir() { memory } else { Path::new(env!("CARGO_TARGET_TMPDIR")) })
         .unwrap()

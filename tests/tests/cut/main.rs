@@ -9,6 +9,7 @@ mod backups;
 mod commands;
 mod courtesy;
 mod exports;
+mod faults;
 mod foreign;
 mod full;
 mod grown;

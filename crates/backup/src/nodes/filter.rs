@@ -1,6 +1,7 @@
 //! Filters: a disk as it was when the filter was put on.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::{ByteRange, DirtyBitmap, Error, ErrorKind, Result};
@@ -16,6 +17,8 @@ pub(crate) struct Filter {
     /// QEMU's fleecing image, which stays empty here.
     pub(super) fleece: Arc<Node>,
     view: Mutex<View>,
+    /// Whether the guest's requests go through it, as QEMU would say.
+    is_on: AtomicBool,
 }
 
 /// What a filter shows.
@@ -30,7 +33,16 @@ pub(crate) struct View {
 
 impl Filter {
     pub(super) fn new(disk: String, fleece: Arc<Node>) -> Self {
-        Self { disk, fleece, view: Mutex::default() }
+        Self { disk, fleece, view: Mutex::default(), is_on: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn set_on(&self, is_on: bool) {
+        self.is_on.store(is_on, Ordering::Release);
+    }
+
+    /// Whether it is put on its disk.
+    pub(super) fn is_on(&self) -> bool {
+        self.is_on.load(Ordering::Acquire)
     }
 
     pub(crate) fn view(&self) -> MutexGuard<'_, View> {

@@ -118,7 +118,7 @@ impl Plan<'_> {
     }
 
     /// The bitmaps of nodes as they will be. `pins` are the disks at the cut.
-    pub(super) fn stage(&self, pins: &[Pin]) -> Result<Vec<Staged>> {
+    pub(super) fn stage(&self, pins: &[&Pin]) -> Result<Vec<Staged>> {
         let mut staged: Vec<Staged> = Vec::new();
         for NodeChange { access, name, to } in &self.node_changes {
             let merged = match to {
@@ -153,11 +153,11 @@ impl Plan<'_> {
         &self,
         access: &Access,
         sources: &[BitmapRef],
-        pins: &[Pin],
+        pins: &[&Pin],
         staged: &[Staged],
     ) -> Result<Vec<ByteRange>> {
         let own = access.filter.view().pin.clone();
-        let cut = pins.iter().find(|pin| pin.id() == access.filter.disk);
+        let cut = pins.iter().copied().find(|pin| pin.id() == access.filter.disk);
         let pin = cut.or(own.as_deref()).ok_or_else(|| no_node(&access.filter.disk))?;
         let mut merged = Vec::new();
         for source in sources {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use block::{DirtyBitmap, Result};
+use block::{DirtyBitmap, Error, ErrorKind, Result};
 use snapshot::{BitmapLock, HostedJob, ImageFormat, JobType, Pin, Seat};
 
 use super::bitmaps::Staged;
@@ -44,6 +44,10 @@ impl Plan<'_> {
             (None, Source::Access(_)) => return Err(invalid("An explicit job ID is required for this node")),
         };
         let lock = match (&options.bitmap, &source) {
+            (Some(name), Source::Disk(disk)) if self.backups.is_read_only(disk) => {
+                let story = format!("Bitmap '{name}' is readonly and cannot be modified");
+                return Err(Error::new(ErrorKind::ReadOnly, story));
+            }
             (Some(name), Source::Disk(disk)) => Some(self.backups.manager.bitmap_lock(disk, name)?),
             _ => None,
         };
@@ -95,7 +99,7 @@ impl Plan<'_> {
     pub(super) fn marked(
         &self,
         ready: &Ready,
-        pins: &[Pin],
+        pins: &[&Pin],
         staged: &[Staged],
     ) -> Result<Option<DirtyBitmap>> {
         let (Sync::Incremental | Sync::Bitmap, Some(name)) = (ready.options.sync, &ready.options.bitmap)
@@ -105,14 +109,14 @@ impl Plan<'_> {
         match (&ready.source, &ready.lock) {
             (Source::Access(access), _) => {
                 let own = access.filter.view().pin.clone();
-                let cut = pins.iter().find(|pin| pin.id() == access.filter.disk);
+                let cut = pins.iter().copied().find(|pin| pin.id() == access.filter.disk);
                 let pin = cut.or(own.as_deref()).ok_or_else(|| no_node(&access.filter.disk))?;
                 let known = staged.iter().find(|(known, _)| Arc::ptr_eq(known, access));
                 let bitmaps = known.map_or_else(|| access.bitmaps().clone(), |(_, bitmaps)| bitmaps.clone());
                 bitmap_of(&bitmaps, name, pin.disk().capacity()).map(Some)
             }
             (Source::Disk(disk), Some(lock)) => {
-                let pin = pins.iter().find(|pin| pin.id() == disk).ok_or_else(|| no_node(disk))?;
+                let pin = pins.iter().copied().find(|pin| pin.id() == disk).ok_or_else(|| no_node(disk))?;
                 lock.dirty(pin).map(Some)
             }
             (Source::Disk(_), None) => Err(not_found(name)),

@@ -30,6 +30,15 @@ pub(crate) struct Bench {
 }
 
 impl Bench {
+    /// Of which the second disk is read-only, and holds something.
+    pub(crate) fn with_read_only() -> Self {
+        let mut bench = Self::new();
+        let disk = &mut bench.disks[1];
+        std::fs::write(&disk.path, vec![7; SIZE as usize]).unwrap();
+        disk.read_only = true;
+        bench
+    }
+
     pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let disk = |id: &str| {

@@ -151,3 +151,30 @@ fn an_incremental_to_a_qcow2_overlay_is_judged_by_qemu() {
     std::fs::write(&expected, content(&daemon, "vda")).unwrap();
     qemu_img(&["compare", "-q", "-f", "qcow2", "-F", "raw", text(&overlay), text(&expected)]);
 }
+
+#[test]
+fn a_read_only_disk_is_backed_up_beside_others_and_through_a_filter() {
+    let bench = Bench::with_read_only();
+    let daemon = bench.open();
+    let outs = [bench.target(&daemon, "a"), bench.target(&daemon, "b")];
+    write(&daemon, "vda", 0, 1);
+    let at_cut = content(&daemon, "vda");
+    transaction(&daemon, json!([full("vda", "a"), full("vdb", "b")])).unwrap();
+    write(&daemon, "vda", 0, 2);
+    for (id, out, expected) in [("a", &outs[0], &at_cut), ("b", &outs[1], &vec![7; SIZE as usize])] {
+        assert_eq!(finish(&daemon, id), None);
+        assert!(std::fs::read(out).unwrap() == *expected, "{id}");
+    }
+    bench.target(&daemon, "fleece");
+    let filter =
+        json!({"driver": "copy-before-write", "node-name": "cbw", "file": "vdb", "target": "fleece"});
+    add(&daemon, filter).unwrap();
+    add(&daemon, json!({"driver": "snapshot-access", "node-name": "access", "file": "cbw"})).unwrap();
+    daemon.backups.set_drive("vdb", "cbw").unwrap();
+    std::fs::write(&outs[1], vec![0; SIZE as usize]).unwrap();
+    transaction(&daemon, json!([full("access", "b")])).unwrap();
+    assert_eq!(finish(&daemon, "b"), None);
+    assert!(std::fs::read(&outs[1]).unwrap() == vec![7; SIZE as usize]);
+    let refused = transaction(&daemon, json!([incremental("vdb", "b", "x")])).unwrap_err();
+    assert_eq!(refused.to_string(), "Bitmap 'x' is readonly and cannot be modified");
+}

@@ -6,5 +6,6 @@ mod bench;
 mod ends;
 mod groups;
 mod instants;
+mod races;
 mod refusals;
 mod targets;

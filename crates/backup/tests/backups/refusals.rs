@@ -93,3 +93,54 @@ fn a_node_that_a_job_reads_or_writes_is_in_use() {
         daemon.backups.remove_node(node).unwrap();
     }
 }
+
+#[test]
+fn a_filter_that_is_put_on_is_in_use() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    for (name, fleece) in [("one", "f1"), ("two", "f2")] {
+        bench.target(&daemon, fleece);
+        add(
+            &daemon,
+            json!({"driver": "copy-before-write", "node-name": name, "file": "vda", "target": fleece}),
+        )
+        .unwrap();
+    }
+    let in_use = |name: &str| match daemon.backups.remove_node(name) {
+        Ok(()) => panic!("{name} could be removed"),
+        Err(error) => assert_eq!(error.to_string(), format!("Node {name} is in use")),
+    };
+    daemon.backups.set_drive("vda", "one").unwrap();
+    in_use("one");
+    daemon.backups.set_drive("vda", "two").unwrap();
+    in_use("two");
+    daemon.backups.remove_node("one").unwrap();
+    daemon.backups.set_drive("vda", "vda").unwrap();
+    daemon.backups.remove_node("two").unwrap();
+}
+
+#[test]
+fn there_is_a_most_of_nodes_and_names_are_names() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    let path = bench.path("shared");
+    File::create(&path).unwrap().set_len(SIZE).unwrap();
+    let node = |name: &str| json!({"driver": "file", "node-name": name, "filename": path, "read-only": true});
+    let mut refused = None;
+    for index in 0..=1024 {
+        if let Err(error) = add(&daemon, node(&format!("n{index}"))) {
+            refused = Some((index, error.to_string()));
+            break;
+        }
+    }
+    assert_eq!(refused, Some((1024, "there are too many nodes: delete those of no use".to_owned())));
+    daemon.backups.remove_node("n5").unwrap();
+    add(&daemon, node("again")).unwrap();
+    daemon.backups.remove_node("again").unwrap();
+    let long = "n".repeat(32);
+    for name in ["", "1a", "#block0", "a b", "a/../b", "\u{e9}", "a\0b", "a\nb", "-a", &*long] {
+        let error = add(&daemon, node(name)).unwrap_err();
+        assert_eq!(error.to_string(), format!("Invalid node-name: '{name}'"));
+        assert_eq!(daemon.backups.remove_node(name).unwrap_err().kind(), ErrorKind::NotFound, "{name:?}");
+    }
+}

@@ -185,6 +185,11 @@ impl<'a> Look<'a> {
         self.layers.last().map(|layer| layer.entry.number)
     }
 
+    /// The newest layer, with all that is beneath it.
+    pub(super) fn top(&self) -> Option<&Arc<Layer>> {
+        self.layers.last()
+    }
+
     /// The layer beneath the active one, and the boundary above it: the instant of the last cut.
     pub(super) fn last_cut(&self) -> Result<(&Arc<Layer>, Instant)> {
         let missing = || Error::new(ErrorKind::Busy, format!("disk {} has no layer beneath", self.id));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use block::{Disk, Layer, Result, Stack};
+use block::{Disk, Error, ErrorKind, Layer, Result, Stack};
 
 use super::bitmap::{Changer, MarkChange};
 use super::changes::{Look, Point};
@@ -125,6 +125,18 @@ impl Manager {
         Ok(Taken { record, pins })
     }
 
+    /// A read-only disk, which needs no cut to stay as it is.
+    pub fn pin_read_only(&self, id: &str) -> Result<Pin> {
+        let _change = self.begin()?;
+        let draft = Draft::new(&self.store);
+        let look = Look::new(&self.store, &draft.manifest, &self.disks, id)?;
+        let top = look.top();
+        let top = top.filter(|top| top.disk().read_only());
+        let top =
+            top.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("disk '{id}' is written")))?;
+        self.pin_layer(id, top, look.now())
+    }
+
     /// Makes changes of marks, in one piece and in order: at a cut of the disks that need one, or at once. The guest agent
     /// is not asked.
     pub fn change_marks(&self, changes: &[MarkChange]) -> Result<()> {
@@ -168,10 +180,14 @@ impl Manager {
     fn pin(&self, manifest: &Manifest, id: &str) -> Result<Pin> {
         let look = Look::new(&self.store, manifest, &self.disks, id)?;
         let (held, instant) = look.last_cut()?;
+        self.pin_layer(id, held, instant)
+    }
+
+    fn pin_layer(&self, id: &str, held: &Arc<crate::layer::Layer>, instant: Instant) -> Result<Pin> {
+        let served = self.served(id)?;
         let entry = self.marks.next_pin.fetch_add(1, Ordering::Relaxed);
         let holder = held.entry.number;
         self.store.change_pins(|pins| pins.push(PinEntry { id: entry, disk: id.to_owned(), holder }));
-        let served = self.served(id)?;
         let disk = served.chain.view(held, served.how);
         Ok(Pin { store: Arc::clone(&self.store), entry, id: id.to_owned(), instant, disk })
     }
