@@ -5,7 +5,8 @@
 //!   cut     of all disks that are read or whose bitmaps change; with it the bitmaps change, in one piece
 //!   begin   the jobs' threads
 //! ```
-//! Whatever the plan has taken is given back when it is dropped, so an action that is refused leaves nothing behind.
+//! Whatever the plan has taken is given back when it is dropped, so an action that is refused leaves nothing behind, but for
+//! the files that `drive-backup` has made or emptied by then, as in QEMU.
 
 mod bitmaps;
 mod check;
