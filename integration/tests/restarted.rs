@@ -16,7 +16,11 @@ fn rounds(rig: &mut Rig<'_>, count: u64, planned: bool) -> Result<()> {
         // At a moment of its own each time.
         thread::sleep(Duration::from_millis(50 + round * 137 % 400));
         let begin = Instant::now();
-        if planned { rig.daemon.stop()? } else { rig.daemon.kill()? }
+        if planned {
+            rig.daemon.stop()?
+        } else {
+            rig.daemon.kill()?
+        }
         rig.daemon.restart()?;
         rig.wait_until_all_write(RECOVERY)?;
         pauses.push(begin.elapsed());
