@@ -1,6 +1,6 @@
 //! What clients ask for, in the words of QEMU's `qapi/block-core.json` and `qapi/transaction.json`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use snapshot::JobOptions;
@@ -204,4 +204,14 @@ pub enum Action {
     BlockdevBackup(BackupRequest),
     /// Begins a backup to a file.
     DriveBackup(DriveBackupRequest),
+}
+
+impl Action {
+    /// The file that it names, if it is one that names a file.
+    pub fn filename(&self) -> Option<&Path> {
+        match self {
+            Self::DriveBackup(request) => Some(&request.target.target),
+            _ => None,
+        }
+    }
 }

@@ -9,6 +9,7 @@ use backup::{
     ServerOptions, Serving, TlsCredentials,
 };
 use block::{Result, Stats};
+use hostio::Confined;
 use serde::{Deserialize, Serialize};
 use snapshot::{
     BitmapInfo, BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, ClientId, CommitRequest,
@@ -187,4 +188,7 @@ pub struct DaemonStatus {
     pub prepared: Option<String>,
     /// How many snapshots there are.
     pub snapshots: u64,
+    /// What the daemon is kept from.
+    #[serde(default)]
+    pub sandbox: Confined,
 }

@@ -11,7 +11,7 @@ use backup::{
     ServerOptions, Serving, TlsCredentials,
 };
 use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, Stats, WriteErrors};
-use hostio::Cache;
+use hostio::{Cache, Confined, Held};
 use snapshot::probe::{FsKind, FsVerdict, Verdict};
 use snapshot::{
     BitmapInfo, BlockJobInfo, Changes, CheckpointDisk, CheckpointRecord, CheckpointRequest, ClientId,
@@ -467,6 +467,7 @@ impl Service for Fake {
             thaw_owed: false,
             prepared: state.prepared.as_ref().map(|request| request.name.clone()),
             snapshots: state.snapshots.len() as u64,
+            sandbox: Confined { landlock: Held::Full, seccomp: Held::Unavailable, complaints: Vec::new() },
         }
     }
 

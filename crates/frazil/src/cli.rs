@@ -1,6 +1,7 @@
 //! The command line's words, fixed, for others script against them.
 
 mod marks;
+mod top;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,9 +10,10 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 use snapshot::{FreezeOwner, FreezePolicy, ImageFormat};
 
-use crate::config::{DiskConfig, parse_disk, word};
+use crate::config::{DiskConfig, MetricsAddress, SandboxMode, parse_disk, parse_metrics, word};
 use crate::failure::EXIT_CODES;
 pub(crate) use marks::{Changes, Checkpoint};
+pub(crate) use top::Top;
 
 /// Consistent snapshots for running virtual machines.
 #[derive(Debug, Parser)]
@@ -42,6 +44,8 @@ pub(crate) enum Command {
     /// Change a disk that is served.
     #[command(subcommand)]
     Disk(Disk),
+    /// Watch the daemon's disks live: requests, bytes, latencies, chains and jobs.
+    Top(Top),
     /// Show the daemon's disks and what it is doing.
     Status {
         #[command(flatten)]
@@ -61,7 +65,8 @@ pub(crate) enum Command {
 pub(crate) struct Serve {
     /// A TOML file with the same words as keys, instead of all other flags.
     #[arg(long, value_name = "FILE")]
-    #[arg(conflicts_with_all = ["state", "control", "agent", "disks", "freeze_owner", "freeze", "pre_sync", "allow_folders"])]
+    #[arg(conflicts_with_all = ["state", "control", "agent", "disks", "freeze_owner", "freeze", "pre_sync", "allow_folders",
+        "target_folders", "sandbox", "metrics", "users"])]
     pub(crate) config: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) flags: ServeFlags,
@@ -95,6 +100,20 @@ pub(crate) struct ServeFlags {
     /// the image's own folder.
     #[arg(long = "allow-folder", value_name = "DIR")]
     pub(crate) allow_folders: Vec<PathBuf>,
+    /// A folder, or a device, that clients may name for backups, exports, NBD sockets and certificates, besides the
+    /// folders of the images and of the daemon's own sockets; may be given many times.
+    #[arg(long = "target-folder", value_name = "DIR")]
+    pub(crate) target_folders: Vec<PathBuf>,
+    /// Keep the daemon to its folders (Landlock) and to the system calls that it needs (seccomp).
+    #[arg(long, value_name = "SWITCH", default_value = "on", value_parser = word::<SandboxMode>())]
+    pub(crate) sandbox: SandboxMode,
+    /// Serve metrics in the OpenMetrics format for Prometheus at unix:PATH or HOST:PORT.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_metrics)]
+    pub(crate) metrics: Option<MetricsAddress>,
+    /// The id of a user whose processes may connect to the Unix sockets, which have mode 0600 in any case; may be given
+    /// many times. If absent, whoever can open them.
+    #[arg(long = "user", value_name = "UID")]
+    pub(crate) users: Vec<u32>,
 }
 
 const DISK_KEYS: &str = "Keys of --disk, separated by commas; a comma inside a value is written twice:

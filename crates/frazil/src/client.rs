@@ -6,6 +6,7 @@ mod marks;
 mod print;
 mod progress;
 mod table;
+mod top;
 mod via;
 
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ pub(crate) use chain::chain;
 pub(crate) use jobs::job;
 pub(crate) use marks::{changes, checkpoint};
 use print::{print, show_or_json};
+pub(crate) use top::top;
 use via::{Connection, Export, Via};
 
 /// `frazil status`.

@@ -5,6 +5,7 @@
 
 mod disk;
 mod file;
+mod metrics;
 mod mistake;
 mod words;
 
@@ -16,9 +17,10 @@ use snapshot::{FreezeOwner, FreezePolicy};
 
 pub(crate) use disk::{DiskConfig, parse as parse_disk};
 pub(crate) use file::read;
+pub(crate) use metrics::{MetricsAddress, parse as parse_metrics};
 use mistake::MAX_SOCKET_PATH;
 pub(crate) use mistake::Mistake;
-pub(crate) use words::{Word, parser as word};
+pub(crate) use words::{SandboxMode, Word, parser as word};
 
 /// Everything that `frazil serve` needs to know.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -37,6 +39,14 @@ pub(crate) struct Config {
     pub(crate) pre_sync: bool,
     /// Below which folders the files may lie that base images name; below the image's own folder if there are none.
     pub(crate) allow_folders: Vec<PathBuf>,
+    /// Folders besides its own where clients may have it write: of backups, exports and NBD sockets.
+    pub(crate) target_folders: Vec<PathBuf>,
+    /// What it keeps itself from.
+    pub(crate) sandbox: SandboxMode,
+    /// Where metrics are served, if anywhere.
+    pub(crate) metrics: Option<MetricsAddress>,
+    /// The ids of the users who may connect to the Unix sockets; whoever can open them if there are none.
+    pub(crate) users: Vec<u32>,
     /// The disks, at least one.
     pub(crate) disks: Vec<DiskConfig>,
 }
@@ -51,7 +61,10 @@ impl Config {
         absolute(&mut self.state)?;
         absolute(&mut self.control)?;
         self.agent.as_mut().map_or(Ok(()), absolute)?;
-        self.allow_folders.iter_mut().try_for_each(absolute)?;
+        self.allow_folders.iter_mut().chain(&mut self.target_folders).try_for_each(absolute)?;
+        if let Some(MetricsAddress::Unix(path)) = &mut self.metrics {
+            absolute(path)?;
+        }
         for disk in &mut self.disks {
             absolute(&mut disk.path)?;
             absolute(&mut disk.socket)?;
@@ -93,7 +106,9 @@ impl Config {
         }
         let sockets = self.disks.iter().map(|disk| ("socket", disk.socket.as_os_str()));
         let agent = self.agent.iter().map(|agent| ("agent", agent.as_os_str()));
+        let metrics = self.metrics_socket().map(|path| ("metrics", path.as_os_str()));
         std::iter::once(("control", self.control.as_os_str()))
+            .chain(metrics)
             .chain(agent)
             .chain(sockets)
             .try_for_each(|(key, path)| check_socket(key, path))
@@ -107,7 +122,16 @@ impl Config {
                 (disk.socket.as_path(), format!("socket of disk {}", disk.id), false),
             ]
         });
-        std::iter::once((self.control.as_path(), "control".to_owned(), false)).chain(agent).chain(disks)
+        let metrics = self.metrics_socket().map(|path| (path, "metrics".to_owned(), false));
+        let control = (self.control.as_path(), "control".to_owned(), false);
+        std::iter::once(control).chain(metrics).chain(agent).chain(disks)
+    }
+
+    fn metrics_socket(&self) -> Option<&Path> {
+        match &self.metrics {
+            Some(MetricsAddress::Unix(path)) => Some(path),
+            _ => None,
+        }
     }
 }
 

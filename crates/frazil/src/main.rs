@@ -51,6 +51,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Chain(chain) => client::chain(chain),
         Command::Job(job) => client::job(job),
         Command::Disk(disk) => client::disk(disk),
+        Command::Top(top) => client::top(&top),
         Command::Status { daemon, output } => client::status(&daemon, output),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "frazil", &mut io::stdout());
@@ -115,6 +116,10 @@ fn from_flags(flags: cli::ServeFlags) -> Result<Config, Mistake> {
         freeze: flags.freeze,
         pre_sync: flags.pre_sync,
         allow_folders: flags.allow_folders,
+        target_folders: flags.target_folders,
+        sandbox: flags.sandbox,
+        metrics: flags.metrics,
+        users: flags.users,
         disks: flags.disks,
     })
 }

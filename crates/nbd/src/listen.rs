@@ -62,7 +62,10 @@ impl Listening {
     /// The next client. [`io::ErrorKind::WouldBlock`] if there is none.
     pub(crate) fn accept(&self) -> io::Result<Socket> {
         match self {
-            Self::Unix(listener) => listener.socket().accept().map(|(stream, _)| Socket::Unix(stream)),
+            Self::Unix(listener) => {
+                let (stream, _) = listener.socket().accept()?;
+                hostio::admit(stream).map(Socket::Unix)
+            }
             Self::Tcp(listener) => listener.accept().map(|(stream, _)| Socket::Tcp(stream)),
         }
     }

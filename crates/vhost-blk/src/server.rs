@@ -274,7 +274,7 @@ impl Shared {
         // Told before it can send a request, so that nobody takes the disk for unused while it is read.
         self.connected.store(true, Ordering::Release);
         (config.on_session)(SessionEvent::Connected);
-        let (front, _) = listener.accept()?;
+        let front = hostio::admit(listener.accept()?.0)?;
         let framework = loopback.connect()?;
         daemon.start(&mut Listener::from(loopback.listener().try_clone()?)).map_err(|error| other(&error))?;
         *self.session() = Some(Session { front: front.try_clone()?, channel: None });

@@ -7,11 +7,13 @@
 
 mod backups;
 mod commands;
+mod confined;
 mod courtesy;
 mod exports;
 mod faults;
 mod foreign;
 mod full;
+mod fuzzed;
 mod grown;
 mod guest;
 mod held;
@@ -22,9 +24,12 @@ mod ledger;
 mod load;
 mod marks;
 mod nbd;
+mod ordinary;
 mod prefix;
 mod recipe;
+mod scraped;
 mod served;
 mod shared;
 mod stopped;
+mod top;
 mod watched;

@@ -108,9 +108,31 @@ impl Served {
         self.child = Some(child);
     }
 
+    /// Ends it and starts it with these flags in addition.
+    pub(crate) fn restart_with(&mut self, words: &[&str]) {
+        self.stop();
+        self.arguments.extend(words.iter().map(|word| (*word).to_owned()));
+        self.restart();
+    }
+
     /// The process.
     pub(crate) fn pid(&self) -> u32 {
         self.child.as_ref().unwrap().id()
+    }
+
+    /// The descriptors and threads that it has.
+    pub(crate) fn held(&self) -> (usize, usize) {
+        let count = |what| std::fs::read_dir(format!("/proc/{}/{what}", self.pid())).unwrap().count();
+        (count("fd"), count("task"))
+    }
+
+    /// Waits until it has no more descriptors and threads than it had: those of clients that are gone go soon after.
+    pub(crate) fn lets_go(&self, had: (usize, usize)) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.held().0 > had.0 || self.held().1 > had.1 {
+            assert!(Instant::now() < deadline, "{:?}, and it had {had:?}", self.held());
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// `kill -9`.
@@ -232,7 +254,7 @@ impl Drop for Served {
 }
 
 /// The program of this build.
-fn program() -> PathBuf {
+pub(crate) fn program() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     // Test programs lie one deeper than programs.
     let path = test.parent().and_then(Path::parent).unwrap().join("frazil");

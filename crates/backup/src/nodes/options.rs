@@ -1,6 +1,6 @@
 //! What `blockdev-add` is told: QEMU's `BlockdevOptions`, as far as a backup has a use for it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -22,6 +22,17 @@ impl NodeOptions {
     /// A node that no client names.
     pub(super) fn new(driver: Driver) -> Self {
         Self { node_name: None, read_only: false, cache: CacheOptions::default(), driver }
+    }
+
+    /// The files that it names, itself or in what is defined within it.
+    pub fn filenames(&self) -> Vec<&Path> {
+        match &self.driver {
+            Driver::File { filename } | Driver::HostDevice { filename } => vec![filename],
+            Driver::Raw { file } | Driver::Qcow2 { file } | Driver::SnapshotAccess { file } => {
+                file.filenames()
+            }
+            Driver::CopyBeforeWrite { file, target } => [file.filenames(), target.filenames()].concat(),
+        }
     }
 }
 
@@ -75,6 +86,16 @@ impl Driver {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(transparent)]
 pub struct ImageOptions(pub(super) NewImage);
+
+impl ImageOptions {
+    /// The files that they name.
+    pub fn filenames(&self) -> Vec<&Path> {
+        match &self.0 {
+            NewImage::File { filename, .. } => vec![filename],
+            NewImage::Qcow2(options) => options.file.filenames(),
+        }
+    }
+}
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case", tag = "driver")]
@@ -159,6 +180,13 @@ pub(super) enum Reference {
 }
 
 impl Reference {
+    fn filenames(&self) -> Vec<&Path> {
+        match self {
+            Self::Name(_) => Vec::new(),
+            Self::Definition(options) => options.filenames(),
+        }
+    }
+
     /// As in QEMU, what is defined within a node that is not written is not written either.
     pub(super) fn within(mut self, writable: bool) -> Self {
         if let Self::Definition(options) = &mut self {

@@ -36,6 +36,10 @@ fn serve_takes_flags_or_a_file_but_not_both() {
         ["--freeze", "never"],
         ["--pre-sync", "off"],
         ["--allow-folder", "/a"],
+        ["--target-folder", "/a"],
+        ["--sandbox", "off"],
+        ["--metrics", "unix:/m"],
+        ["--user", "0"],
     ] {
         let line = [&["serve", "--config", "/f.toml"], &more[..]].concat();
         assert_eq!(parse(&line).unwrap_err().kind(), ErrorKind::ArgumentConflict, "{more:?}");

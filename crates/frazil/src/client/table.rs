@@ -28,7 +28,7 @@ pub(super) struct Status {
 }
 
 /// Lines under a head, columns apart by two blanks. Never folded: paths are there to be copied.
-fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>, right: &[usize]) -> String {
+pub(super) fn table(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>, right: &[usize]) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(head).add_rows(rows);
@@ -153,6 +153,10 @@ pub(super) fn status(status: &Status) -> String {
         ("agent", daemon.agent.as_ref().map_or("none given".to_owned(), |path| path.display().to_string())),
         ("thaw", owed.to_owned()),
         ("snapshots", daemon.snapshots.to_string()),
+        (
+            "sandbox",
+            format!("Landlock {}, seccomp {}", word(&daemon.sandbox.landlock), word(&daemon.sandbox.seccomp)),
+        ),
     ];
     facts.extend(daemon.prepared.iter().map(|name| ("prepared", format!("{name}, waits for its release"))));
     let waiting = disks.iter().filter(|disk| disk.parked > 0).map(|disk| {
@@ -257,7 +261,7 @@ fn moment(time: OffsetDateTime) -> String {
 }
 
 /// Milliseconds as three digits and a unit that fits.
-fn duration(millis: f64) -> String {
+pub(super) fn duration(millis: f64) -> String {
     match millis {
         ms if ms < 1.0 => format!("{:.0} µs", ms * 1e3),
         ms if ms < 10.0 => format!("{ms:.2} ms"),

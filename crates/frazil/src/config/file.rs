@@ -5,10 +5,22 @@ use std::path::PathBuf;
 use snapshot::{FreezeOwner, FreezePolicy};
 use toml::{Table, Value};
 
-use super::{Config, Mistake, Word, disk};
+use super::{Config, Mistake, SandboxMode, Word, disk, parse_metrics};
 
-const KEYS: &[&str] =
-    &["state", "control", "agent", "freeze-owner", "freeze", "pre-sync", "allow-folders", "disk"];
+const KEYS: &[&str] = &[
+    "state",
+    "control",
+    "agent",
+    "freeze-owner",
+    "freeze",
+    "pre-sync",
+    "allow-folders",
+    "target-folders",
+    "sandbox",
+    "metrics",
+    "users",
+    "disk",
+];
 
 /// Reads the text of a configuration file. Its paths are still as written.
 pub(crate) fn read(text: &str) -> Result<Config, Mistake> {
@@ -20,6 +32,8 @@ pub(crate) fn read(text: &str) -> Result<Config, Mistake> {
     }
     let disks = disks(table.remove("disk"))?;
     let allow_folders = folders("allow-folders", table.remove("allow-folders"))?;
+    let target_folders = folders("target-folders", table.remove("target-folders"))?;
+    let users = users(table.remove("users"))?;
     let mut words = |key: &str| table.remove(key).map(|value| word(key, value)).transpose();
     let missing = |key, example| Mistake::Missing { key, example };
     Ok(Config {
@@ -30,6 +44,10 @@ pub(crate) fn read(text: &str) -> Result<Config, Mistake> {
         freeze: meant("freeze", words("freeze")?, FreezePolicy::default())?,
         pre_sync: meant("pre-sync", words("pre-sync")?, true)?,
         allow_folders,
+        target_folders,
+        sandbox: meant("sandbox", words("sandbox")?, SandboxMode::default())?,
+        users,
+        metrics: words("metrics")?.map(|text| parse_metrics(&text)).transpose()?,
         disks,
     })
 }
@@ -50,6 +68,21 @@ fn folders(key: &str, value: Option<Value>) -> Result<Vec<PathBuf>, Mistake> {
             })
             .collect(),
         Some(other) => Err(wrong_kind(key, &other, EXPECTED)),
+    }
+}
+
+fn users(value: Option<Value>) -> Result<Vec<u32>, Mistake> {
+    const EXPECTED: &str = "a list of user ids, as [0, 107]";
+    match value {
+        None => Ok(Vec::new()),
+        Some(Value::Array(values)) => values
+            .into_iter()
+            .map(|value| {
+                let id = value.as_integer().and_then(|id| u32::try_from(id).ok());
+                id.ok_or_else(|| wrong_kind("users", &value, EXPECTED))
+            })
+            .collect(),
+        Some(other) => Err(wrong_kind("users", &other, EXPECTED)),
     }
 }
 

@@ -21,6 +21,8 @@ pub(crate) enum Mistake {
     NoSuchNumber { key: &'static str, value: String, low: u16, high: u16 },
     #[error("key `{key}` can not be `{value}`; it is a size from 1M to 64G, as 4096K, 64M or 1G")]
     NoSuchSize { key: &'static str, value: String },
+    #[error("key `{key}` can not be `{value}`; it is unix:PATH or HOST:PORT, as 127.0.0.1:9430")]
+    NoSuchAddress { key: &'static str, value: String },
     #[error(
         "key `id` can not be `{value}`; use letters, digits, `-`, `_` and `.`, at most {MAX_ID}, a letter or digit \
          first"

@@ -121,6 +121,10 @@ freeze-owner = "external"
 freeze = "never"
 pre-sync = "off"
 allow-folders = ["/srv/templates", "more"]
+target-folders = ["out"]
+sandbox = "landlock"
+metrics = "unix:metrics.sock"
+users = [0, 64055]
 
 [[disk]]
 id = "vda"
@@ -149,6 +153,9 @@ fn a_file_says_the_same_as_flags_and_its_paths_start_from_its_folder() {
     assert_eq!(config.freeze, FreezePolicy::Never);
     assert!(!config.pre_sync);
     assert_eq!(config.allow_folders, ["/srv/templates", "/etc/frazil/more"].map(PathBuf::from));
+    assert_eq!(config.target_folders, [PathBuf::from("/etc/frazil/out")]);
+    assert_eq!((config.sandbox, config.users), (SandboxMode::Landlock, vec![0, 64055]));
+    assert_eq!(config.metrics, Some(MetricsAddress::Unix("/etc/frazil/metrics.sock".into())));
     let flags = [
         "id=vda,path=/etc/frazil/a,,b.img,format=raw,socket=/etc/frazil/vda.sock,queues=2,readonly=on",
         "id=vdb,path=/dev/vg/b,format=raw,socket=/run/vdb.sock,cache=none",
@@ -170,7 +177,8 @@ fn a_mistake_in_a_file_names_the_key_and_the_way_out() {
         ),
         (
             "disks = []",
-            "unknown key `disks`; the keys are state, control, agent, freeze-owner, freeze, pre-sync, allow-folders, disk",
+            "unknown key `disks`; the keys are state, control, agent, freeze-owner, freeze, pre-sync, allow-folders, \
+             target-folders, sandbox, metrics, users, disk",
         ),
         ("freeze = [1]\n[[disk]]", "[[disk]] number 1: key `id` is missing; add id=vda"),
         (
@@ -193,6 +201,11 @@ fn a_mistake_in_a_file_names_the_key_and_the_way_out() {
     }
     let message = read(&FILE.replace("\"never\"", "\"maybe\"")).unwrap_err().to_string();
     assert_eq!(message, "key `freeze` can not be `maybe`; it is one of require, prefer, never");
+    let message = read(&FILE.replace("[0, 64055]", "[-1]")).unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "key `users` has a value of the wrong kind (integer); write a list of user ids, as [0, 107]"
+    );
     let message = read(&FILE.replace("\"state\"", "1.5")).unwrap_err().to_string();
     assert_eq!(message, "key `state` has a value of the wrong kind (float); write a string");
 }
@@ -244,4 +257,16 @@ fn a_policy_that_can_never_be_met_is_refused() {
     config.check().unwrap();
     config.agent = None;
     assert_eq!(config.check(), Err(Mistake::RequireWithoutAgent));
+}
+
+#[test]
+fn metrics_are_at_a_socket_or_at_a_host_and_port() {
+    assert_eq!(parse_metrics("unix:/run/m").unwrap(), MetricsAddress::Unix("/run/m".into()));
+    for address in ["127.0.0.1:9430", "[::1]:0", "localhost:80"] {
+        assert_eq!(parse_metrics(address).unwrap(), MetricsAddress::Tcp(address.to_owned()));
+    }
+    for wrong in ["", "unix:", ":80", "localhost", "localhost:", "localhost:99999", "/run/m"] {
+        let mistake = parse_metrics(wrong).unwrap_err();
+        assert!(mistake.to_string().contains("unix:PATH or HOST:PORT"), "{wrong}: {mistake}");
+    }
 }

@@ -52,6 +52,25 @@ impl Word for WriteErrors {
         &[("report", Self::Report), ("enospc", Self::Enospc), ("stop", Self::Stop)];
 }
 
+/// What the daemon keeps itself from.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) enum SandboxMode {
+    /// All that follows.
+    #[default]
+    On,
+    /// Nothing, and its memory can be dumped and traced.
+    Off,
+    /// Files and connections only.
+    Landlock,
+    /// System calls only.
+    Seccomp,
+}
+
+impl Word for SandboxMode {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("on", Self::On), ("off", Self::Off), ("landlock", Self::Landlock), ("seccomp", Self::Seccomp)];
+}
+
 impl Word for bool {
     const WORDS: &'static [(&'static str, Self)] = &[("on", true), ("off", false)];
 }

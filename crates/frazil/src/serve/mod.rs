@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   start                                            stop
+//!     the sandbox, before anything is opened
 //!     Manager (state directory, chains, thaw owed)     QMP server: no more commands
 //!     a vhost-user device a disk                       NBD server: clients are cut off, exports end
 //!     QMP server                                       Manager: the cut under way ends, the guest is thawed
@@ -9,7 +10,9 @@
 //!                                                      Manager: all that was acknowledged is synced
 //! ```
 
+mod confine;
 mod guest;
+mod metrics;
 mod service;
 
 use std::collections::BTreeMap;
@@ -35,7 +38,9 @@ use tracing::{info, warn};
 use vhost_blk::{DeviceConfig, OnFailure, Server, SessionEvent};
 
 use crate::config::{self, Config};
+use confine::Confinement;
 use guest::AgentGuest;
+use metrics::Metrics;
 use service::Daemon;
 
 /// How long clients whose commands run are waited for at the end.
@@ -53,6 +58,11 @@ enum Stop {
 
 /// Serves the disks until it is told to stop.
 pub(crate) fn run(config: Config) -> Result<()> {
+    // Before there is any other thread, and before an image is looked at.
+    let confinement = Confinement::begin(&config)?;
+    if !config.users.is_empty() {
+        hostio::admit_only(&config.users);
+    }
     let (stop, stopped) = channel();
     watch_signals(stop.clone()).context(|| "watch for signals")?;
     // Before chains are opened, which may be long. Without it short ones are served all the same.
@@ -65,19 +75,24 @@ pub(crate) fn run(config: Config) -> Result<()> {
     let devices = config.disks.iter().map(|disk| start_device(&manager, disk)).collect::<Result<Vec<_>>>()?;
     let ids = config.disks.iter().map(|disk| disk.id.clone());
     let notifiers = ids.zip(devices.iter().map(Server::notifier)).collect();
-    let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, sockets, notifiers, stop));
+    let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, sockets, notifiers, confinement, stop));
     let listener = match passed {
         Some(socket) => Listener::inherited(socket).context(|| "take the control socket of systemd")?,
         None => Listener::bind(&config.control)?,
     };
     let mut control = control::Server::start(listener, Arc::clone(&daemon) as _, manager.subscribe())?;
+    let metrics = config
+        .metrics
+        .as_ref()
+        .map(|address| Metrics::start(address, Arc::clone(&daemon) as _, manager.subscribe()));
+    let metrics = metrics.transpose()?;
     info!(disks = config.disks.len(), control = %config.control.display(), "serving");
     tell_systemd(&[NotifyState::Ready]);
 
     wait(&stopped);
     tell_systemd(&[NotifyState::Stopping]);
     control.stop(GRACE);
-    drop(control);
+    drop((control, metrics));
     daemon.end_exports();
     if let Err(error) = manager.end_changes() {
         warn!(%error, "what was prepared could not be undone wholly");

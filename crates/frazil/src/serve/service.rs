@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use backup::{
     Action, Backups, CompletionMode, ExportInfo, ExportOptions, ImageOptions, NodeInfo, NodeOptions,
-    ServeRequest, ServerOptions, Serving, TlsCredentials,
+    ServeRequest, ServerOptions, Serving, SocketAddress, TlsCredentials,
 };
 use block::{Result, Stats};
 use control::{DaemonStatus, Service};
@@ -23,6 +23,7 @@ use tracing::info;
 use vhost_blk::Notifier;
 
 use super::Stop;
+use super::confine::Confinement;
 use crate::config::Config;
 
 /// What clients see.
@@ -35,6 +36,7 @@ pub(super) struct Daemon {
     agent: Option<PathBuf>,
     /// The way to each disk's front-end.
     notifiers: BTreeMap<String, Notifier>,
+    confinement: Confinement,
     /// Absent where nothing runs that could be stopped.
     stop: Option<Sender<Stop>>,
 }
@@ -45,6 +47,7 @@ impl Daemon {
         config: &Config,
         sockets: BTreeMap<String, OwnedFd>,
         notifiers: BTreeMap<String, Notifier>,
+        confinement: Confinement,
         stop: Sender<Stop>,
     ) -> Self {
         Self {
@@ -55,6 +58,7 @@ impl Daemon {
             freeze_owner: config.freeze_owner,
             agent: config.agent.clone(),
             notifiers,
+            confinement,
             stop: Some(stop),
         }
     }
@@ -69,7 +73,17 @@ impl Daemon {
             freeze_owner: FreezeOwner::None,
             agent: None,
             notifiers: BTreeMap::new(),
+            confinement: Confinement::default(),
             stop: None,
+        }
+    }
+
+    /// Whether a client may name this address.
+    fn check_address(&self, address: &SocketAddress) -> Result<()> {
+        match address {
+            SocketAddress::Unix { path } => self.confinement.check(path),
+            // What systemd has passed on is the operator's own.
+            SocketAddress::Inet { .. } | SocketAddress::Fd { .. } => Ok(()),
         }
     }
 
@@ -148,6 +162,7 @@ impl Service for Daemon {
         format: ImageFormat,
         progress: &dyn Fn(u64, u64) -> ControlFlow<()>,
     ) -> Result<()> {
+        self.confinement.check(target)?;
         self.manager.export(name, disk, target, format, &mut |done, total| progress(done, total))
     }
 
@@ -177,6 +192,7 @@ impl Service for Daemon {
     }
 
     fn add_node(&self, options: NodeOptions) -> Result<()> {
+        options.filenames().into_iter().try_for_each(|path| self.confinement.check(path))?;
         self.backups.add_node(options)
     }
 
@@ -193,10 +209,12 @@ impl Service for Daemon {
     }
 
     fn transaction(&self, actions: Vec<Action>, mode: CompletionMode, client: ClientId) -> Result<()> {
+        actions.iter().filter_map(Action::filename).try_for_each(|path| self.confinement.check(path))?;
         self.backups.transaction(actions, mode, Some(client))
     }
 
     fn create_image(&self, id: String, options: ImageOptions, client: ClientId) -> Result<()> {
+        options.filenames().into_iter().try_for_each(|path| self.confinement.check(path))?;
         self.backups.create_image(id, options, Some(client))
     }
 
@@ -205,6 +223,7 @@ impl Service for Daemon {
     }
 
     fn add_credentials(&self, credentials: &TlsCredentials) -> Result<()> {
+        self.confinement.check(&credentials.dir)?;
         self.backups.add_credentials(credentials)
     }
 
@@ -213,6 +232,7 @@ impl Service for Daemon {
     }
 
     fn start_server(&self, options: ServerOptions) -> Result<()> {
+        self.check_address(&options.addr)?;
         self.backups.start_server(options)
     }
 
@@ -237,6 +257,7 @@ impl Service for Daemon {
     }
 
     fn serve(&self, request: &ServeRequest, tell: &dyn Fn(Serving) -> ControlFlow<()>) -> Result<()> {
+        self.check_address(&request.addr)?;
         self.backups.serve(request, tell)
     }
 
@@ -270,6 +291,7 @@ impl Service for Daemon {
             thaw_owed: self.manager.thaw_owed(),
             prepared: self.manager.prepared(),
             snapshots: self.manager.list().len() as u64,
+            sandbox: self.confinement.state.clone(),
         }
     }
 

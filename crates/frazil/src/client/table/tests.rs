@@ -98,7 +98,7 @@ fn a_snapshot_without_agent_says_so() {
 fn the_status_leads_with_a_thaw_that_is_owed_and_lists_the_disks() {
     let status = status(&decoded(json!({
         "uptime": 93_784, "state": "/st", "free": 1_610_612_736_u64, "freeze-owner": "frazil", "agent": "/a.sock",
-        "thaw-owed": true, "prepared": "monday", "snapshots": 3,
+        "thaw-owed": true, "prepared": "monday", "snapshots": 3, "sandbox": { "landlock": "partial", "seccomp": "full" },
         "disks": [{
             "id": "vda", "capacity": 8_u64 << 30, "read-only": false, "connected": true,
             "cache": "writeback", "werror": "enospc", "io-status": "nospace", "parked": 3,
@@ -116,6 +116,7 @@ freeze by  frazil
 agent      /a.sock
 thaw       OWED: the guest may be frozen, Frazil keeps trying
 snapshots  3
+sandbox    Landlock partial, seccomp full
 prepared   monday, waits for its release
 waiting    3 requests of disk vda wait for room on the host
 
