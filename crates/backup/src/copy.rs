@@ -84,7 +84,7 @@ impl Copy {
 
     /// Copies the next piece; its length, or `None` if there is none.
     pub(crate) fn step(&mut self) -> std::result::Result<Option<u64>, Failure> {
-        if self.pieces.is_empty() && !self.resolve().map_err(Failure::Read)? {
+        if self.pieces.is_empty() && !self.resolve() {
             return Ok(None);
         }
         let Some(piece) = self.next_piece() else { return Ok(Some(0)) };
@@ -118,36 +118,41 @@ impl Copy {
     }
 
     /// Finds what is to be copied next; whether there is anything.
-    fn resolve(&mut self) -> Result<bool> {
+    fn resolve(&mut self) -> bool {
         let capacity = self.source.capacity();
         let next = match &self.marked {
             None => (self.resolved < capacity)
                 .then(|| ByteRange { offset: self.resolved, len: capacity - self.resolved }),
             Some(marked) => self.next_marked(marked, self.resolved),
         };
-        let Some(next) = next else { return Ok(false) };
+        let Some(next) = next else { return false };
         // Both ends are those of units, or of the disk: a window is made of whole units.
         let end = next.end().min((next.offset & !(WINDOW - 1)) + WINDOW);
         let window = ByteRange { offset: next.offset, len: end - next.offset };
-        let mut extents = Vec::new();
-        self.source.resolve_read(window, &mut extents)?;
-        let mut at = window.offset;
-        let mut zero_from = at;
-        for extent in extents {
-            let end = at + extent.len;
-            if let Source::Zero = extent.source {
-                at = end;
-                continue;
-            }
-            for data in solid(&extent)? {
-                let data = ByteRange { offset: at + data.offset, len: data.len };
-                zero_from = self.enter(zero_from, data, window.end());
-            }
-            at = end;
+        // Where a part can not be read, the reading of pieces finds out which.
+        let parts = self.data(window).unwrap_or_else(|_| vec![window]);
+        let mut zero_from = window.offset;
+        for part in parts {
+            zero_from = self.enter(zero_from, part, window.end());
         }
         self.enter(zero_from, ByteRange { offset: window.end(), len: 0 }, window.end());
         self.resolved = window.end();
-        Ok(true)
+        true
+    }
+
+    /// The parts of a window that are not known to be zero.
+    fn data(&self, window: ByteRange) -> Result<Vec<ByteRange>> {
+        let mut extents = Vec::new();
+        self.source.resolve_read(window, &mut extents)?;
+        let (mut parts, mut at) = (Vec::new(), window.offset);
+        for extent in extents {
+            if !matches!(extent.source, Source::Zero) {
+                let solid = solid(&extent)?.into_iter();
+                parts.extend(solid.map(|data| ByteRange { offset: at + data.offset, len: data.len }));
+            }
+            at += extent.len;
+        }
+        Ok(parts)
     }
 
     /// Enters the zeroes from `from` on, whole units of them, and then the data, with the rest of its units. Returns where

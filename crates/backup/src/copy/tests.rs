@@ -1,5 +1,6 @@
 use block::testing::{FaultStorage, MemStorage};
 use block::{RawDisk, Storage};
+use qcow2::{CreateOptions, Journal, Mode, Parts};
 
 use super::*;
 
@@ -101,5 +102,40 @@ fn a_piece_that_failed_is_tried_again_or_left_out() {
             expected[range.offset as usize..range.end() as usize].fill(9);
         }
         assert!(content(&*target) == expected);
+    }
+}
+
+/// A compressed cluster that is none: its piece is left out, and no other.
+#[test]
+fn what_can_not_be_read_does_not_hold_up_the_rest() {
+    let storage = Arc::new(MemStorage::default());
+    qcow2::create(&*storage, &CreateOptions::new(SIZE as u64, 16, false)).unwrap();
+    let mode = Mode::Writable(Journal::nowhere().unwrap());
+    let image = Image::open(Parts::new(Arc::clone(&storage) as _, None), mode).unwrap();
+    let expected: Vec<u8> = (0..SIZE).map(|at| (at * at / 977) as u8).collect();
+    for (at, cluster) in (0..).step_by(1 << 16).zip(expected.chunks(1 << 16)) {
+        image.write_compressed(at, cluster).unwrap();
+    }
+    image.seal();
+    image.flush().run().unwrap();
+    storage.write_at(&[0xff; 512], storage.len().unwrap() / 2).unwrap();
+    let broken = Image::open(Parts::new(storage, None), Mode::ReadOnly).unwrap();
+    let (_, target) = raw(&vec![0; SIZE]);
+    let mut copy = Copy::new(Arc::new(broken), Arc::clone(&target), None);
+    let mut left_out = Vec::new();
+    loop {
+        match copy.step() {
+            Ok(Some(_)) => {}
+            Ok(None) => break,
+            Err(Failure::Read(_)) => left_out.extend(copy.skip()),
+            Err(failure) => panic!("{failure:?}"),
+        }
+        assert!(left_out.len() <= 2, "{left_out:?}");
+    }
+    assert!(!left_out.is_empty());
+    let found = content(&*target);
+    for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        let is_left_out = left_out.iter().any(|range| (range.offset..range.end()).contains(&(at as u64)));
+        assert!(found == expected || is_left_out, "byte {at}");
     }
 }
