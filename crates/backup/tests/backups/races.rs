@@ -23,9 +23,9 @@ fn client(daemon: &Daemon, number: usize, bench: &Bench, writes: bool) {
         let mut backup = full([disk, &access][round % 2], &target);
         backup["data"]["job-id"] = json!(format!("j{}", round % 5));
         backup["data"]["auto-dismiss"] = json!(true);
-        backup["data"]["auto-finalize"] = json!(round % 3 > 0);
+        backup["data"]["auto-finalize"] = json!(!round.is_multiple_of(3));
         let to_file = json!({"type": "drive-backup", "data": {"device": disk, "target": file, "format": "qcow2",
-            "sync": "full", "compress": round % 2 == 0, "job-id": format!("d{number}")}});
+            "sync": "full", "compress": round.is_multiple_of(2), "job-id": format!("d{number}")}});
         let _ = add(
             daemon,
             json!({"driver": "copy-before-write", "node-name": filter, "file": disk, "target": fleece}),
@@ -33,7 +33,7 @@ fn client(daemon: &Daemon, number: usize, bench: &Bench, writes: bool) {
         let _ = add(daemon, json!({"driver": "snapshot-access", "node-name": access, "file": filter}));
         let _ = daemon.backups.set_drive(disk, &filter);
         let both = json!([bitmap(["add", "remove", "clear"][round % 3], disk, "b"), backup, to_file]);
-        let _ = if round % 2 == 0 { transaction(daemon, both) } else { grouped(daemon, both) };
+        let _ = if round.is_multiple_of(2) { transaction(daemon, both) } else { grouped(daemon, both) };
         if writes {
             write(daemon, disk, (round as u64 % 64) << 16, round as u8);
         }
