@@ -39,7 +39,8 @@ const CLOSED: u64 = 1 << 63;
 /// What the guest felt of a closed gate.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Wait {
-    /// How long the longest waiting request stood before the gate, from its refusal to the opening.
+    /// How long the longest waiting request stood before the gate, from its refusal to the opening, as far as this hold
+    /// made it wait.
     pub longest: Duration,
     /// How many lanes had requests waiting.
     pub lanes: usize,
@@ -63,7 +64,7 @@ impl Gate {
                 lane.word.fetch_or(CLOSED, Ordering::SeqCst);
             }
         }
-        Closed { gate: Arc::clone(self) }
+        Closed { gate: Arc::clone(self), since: Instant::now() }
     }
 
     /// Whether anybody holds it closed.
@@ -151,6 +152,7 @@ impl LaneState {
 #[must_use = "dropping it opens the gate"]
 pub struct Closed {
     gate: Arc<Gate>,
+    since: Instant,
 }
 
 impl Closed {
@@ -175,21 +177,22 @@ impl Closed {
         }
     }
 
-    /// Lets go, and tells how long requests waited.
+    /// Lets go, and tells how long requests waited for this hold: those of a disk that was stopped before had nothing to wait
+    /// for.
     pub fn open(self) -> Wait {
         let gate = Arc::clone(&self.gate);
         // Read before the gate opens: afterwards the refusals could be another closing's.
-        let wait = gate.wait(Instant::now());
+        let wait = gate.wait(self.since, Instant::now());
         drop(self);
         wait
     }
 }
 
 impl Gate {
-    fn wait(&self, now: Instant) -> Wait {
+    fn wait(&self, since: Instant, now: Instant) -> Wait {
         let mut wait = Wait::default();
         for refused in self.lock().iter().filter_map(|lane| *lane.refused()) {
-            wait.longest = wait.longest.max(now.saturating_duration_since(refused));
+            wait.longest = wait.longest.max(now.saturating_duration_since(refused.max(since)));
             wait.lanes += 1;
         }
         wait
@@ -247,6 +250,18 @@ mod tests {
         drop(second);
         assert!(lane.enter());
         lane.leave(1);
+    }
+
+    #[test]
+    fn a_hold_within_another_tells_its_own_time() {
+        let gate = Arc::new(Gate::default());
+        let lane = gate.lane(Waker::noop().clone());
+        let outer = gate.close();
+        assert!(!lane.enter());
+        thread::sleep(Duration::from_millis(50));
+        let inner = gate.close();
+        assert!(inner.open().longest < Duration::from_millis(50));
+        assert!(outer.open().longest >= Duration::from_millis(50));
     }
 
     #[test]
