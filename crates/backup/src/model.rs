@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use snapshot::JobOptions;
+use snapshot::{CreateRequest, JobOptions};
 
 /// What of a disk is copied: QEMU's `MirrorSyncMode`.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq)]
@@ -204,6 +204,8 @@ pub enum Action {
     BlockdevBackup(BackupRequest),
     /// Begins a backup to a file.
     DriveBackup(DriveBackupRequest),
+    /// Takes a snapshot, Frazil's own, of the same instant.
+    SnapshotCreate(CreateRequest),
 }
 
 impl Action {

@@ -17,8 +17,10 @@ use std::sync::Arc;
 
 use block::{DirtyBitmap, Error, ErrorKind, Result};
 use snapshot::{
-    BitmapLock, BitmapName, ClientId, CutRequest, FreezePolicy, JobGroup, JobVerb, MarkChange, Pin,
+    BitmapLock, BitmapName, ClientId, CreateRequest, CutRequest, DeleteRequest, FreezePolicy, JobGroup,
+    JobOptions, JobVerb, MarkChange, Pin,
 };
+use tracing::warn;
 
 use crate::actions::{Backups, Named};
 use crate::model::{Action, BackupRequest, CompletionMode, DriveBackupRequest};
@@ -69,6 +71,8 @@ struct Plan<'a> {
     group: Option<Arc<JobGroup>>,
     /// Those that are to be cut.
     disks: BTreeSet<String>,
+    /// What the cut makes.
+    snapshot: Option<CreateRequest>,
     changes: Vec<MarkChange>,
     node_changes: Vec<NodeChange>,
     /// Those that will show the disk as it is at the cut.
@@ -87,6 +91,7 @@ impl<'a> Plan<'a> {
             client,
             group: None,
             disks: BTreeSet::new(),
+            snapshot: None,
             changes: Vec::new(),
             node_changes: Vec::new(),
             filters: Vec::new(),
@@ -113,7 +118,30 @@ impl<'a> Plan<'a> {
             Action::DriveBackup(DriveBackupRequest { options, target }) => {
                 self.backup(options, Target::File(target))
             }
+            Action::SnapshotCreate(request) => self.snapshot(request),
         }
+    }
+
+    fn snapshot(&mut self, request: CreateRequest) -> Result<()> {
+        if let Some(first) = &self.snapshot {
+            let story = format!("one cut makes one snapshot: '{}' is asked for already", first.name);
+            return Err(invalid(&story));
+        }
+        self.snapshot = Some(request);
+        Ok(())
+    }
+
+    /// The cut of these disks. A snapshot is of all that it names, or of all that can change.
+    fn cut_request(&self, cut: Vec<String>) -> Result<CutRequest> {
+        let Some(CreateRequest { name, disks, freeze }) = self.snapshot.clone() else {
+            return Ok(CutRequest { snapshot: None, disks: Some(cut), freeze: Some(FreezePolicy::Never) });
+        };
+        let is_without = |disk: &&String| disks.as_ref().is_some_and(|named| !named.contains(disk));
+        if let Some(disk) = cut.iter().find(is_without) {
+            let story = format!("the transaction cuts disk '{disk}', which snapshot '{name}' does not name");
+            return Err(invalid(&story));
+        }
+        Ok(CutRequest { snapshot: Some(name), disks, freeze })
     }
 
     /// What a filter shows is about to be read: as it is at the cut, unless somebody has begun to read it before.
@@ -141,7 +169,20 @@ impl<'a> Plan<'a> {
 
     fn carry_out(mut self) -> Result<()> {
         self.defer_clears()?;
-        let pins = self.take_cut()?;
+        let snapshot = self.snapshot.as_ref().map(|request| request.name.clone());
+        let mut is_cut = false;
+        self.cut_and_begin(&mut is_cut).inspect_err(|_| {
+            // All or none: a snapshot that was made goes again.
+            let Some(name) = snapshot.filter(|_| is_cut) else { return };
+            let request = DeleteRequest { name, options: JobOptions::default() };
+            if let Err(error) = self.backups.manager.delete(request) {
+                warn!(%error, "the snapshot of a transaction that failed stays");
+            }
+        })
+    }
+
+    fn cut_and_begin(&mut self, is_cut: &mut bool) -> Result<()> {
+        let pins = self.take_cut(is_cut)?;
         for filter in &self.filters {
             *filter.view() = View { pin: pins.get(&filter.disk).cloned(), used: true };
         }
@@ -164,7 +205,7 @@ impl<'a> Plan<'a> {
     }
 
     /// The cut, if one is needed, and the changes of bitmaps, all or none; the disks as they are at it.
-    fn take_cut(&mut self) -> Result<BTreeMap<String, Arc<Pin>>> {
+    fn take_cut(&mut self, is_cut: &mut bool) -> Result<BTreeMap<String, Arc<Pin>>> {
         let manager = &self.backups.manager;
         self.disks.extend(manager.disks_to_cut(&self.changes));
         let (unchanging, cut): (Vec<_>, Vec<_>) =
@@ -172,13 +213,13 @@ impl<'a> Plan<'a> {
         let mut pins =
             unchanging.iter().map(|disk| manager.pin_read_only(disk)).collect::<Result<Vec<_>>>()?;
         let read;
-        if cut.is_empty() {
+        if cut.is_empty() && self.snapshot.is_none() {
             read = self.read(&pins.iter().collect::<Vec<_>>())?;
             manager.change_marks(&self.changes)?;
         } else {
-            let request = CutRequest { snapshot: None, disks: Some(cut), freeze: Some(FreezePolicy::Never) };
             let mut found = Read::default();
-            let taken = manager.cut_reading(request, &self.changes, |cut| {
+            let taken = manager.cut_reading(self.cut_request(cut)?, &self.changes, |cut| {
+                *is_cut = true;
                 found = self.read(&cut.iter().chain(&pins).collect::<Vec<_>>())?;
                 Ok(())
             })?;

@@ -1,7 +1,10 @@
 //! Backups and bitmaps are of the instant of their transaction.
 
-use block::ErrorKind;
-use serde_json::json;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use block::{ErrorKind, read_disk};
+use serde_json::{Value, json};
 
 use crate::bench::*;
 
@@ -73,6 +76,42 @@ fn a_transaction_of_which_one_action_fails_does_nothing() {
     assert_eq!(finish(&daemon, "t"), None);
 }
 
+#[test]
+fn a_snapshot_in_a_transaction_is_of_its_instant_and_goes_with_it_if_it_fails() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    let target = bench.target(&daemon, "t");
+    write(&daemon, "vda", 4096, 1);
+    let at_cut = content(&daemon, "vda");
+    let snapshot = |data: Value| json!({"type": "snapshot-create", "data": data});
+    let actions = json!([bitmap("add", "vda", "b"), full("vda", "t"), snapshot(json!({"name": "s"}))]);
+    transaction(&daemon, actions).unwrap();
+    write(&daemon, "vda", 4096, 2);
+    assert_eq!(finish(&daemon, "t"), None);
+    assert!(std::fs::read(&target).unwrap() == at_cut);
+    let taken = daemon.manager.show("s").unwrap();
+    assert_eq!(taken.disks.len(), 2, "of all disks, though one alone is backed up");
+    let mut held = vec![0; at_cut.len()];
+    read_disk(&*daemon.manager.reader("s", "vda", "a test").unwrap().disk(), 0, &mut held).unwrap();
+    assert!(held == at_cut);
+
+    let layers = daemon.manager.disks()[0].layers.len();
+    for (actions, story) in [
+        (json!([snapshot(json!({"name": "s"}))]), "there is a snapshot 's' already"),
+        (
+            json!([snapshot(json!({"name": "x"})), snapshot(json!({"name": "y"}))]),
+            "one cut makes one snapshot",
+        ),
+        (json!([full("vda", "t"), snapshot(json!({"name": "x", "disks": ["vdb"]}))]), "cuts disk 'vda'"),
+        (json!([snapshot(json!({"name": "x"})), bitmap("clear", "vda", "missing")]), "missing"),
+    ] {
+        let error = transaction(&daemon, actions).unwrap_err().to_string();
+        assert!(error.contains(story), "{error}");
+        assert_eq!(daemon.manager.list().len(), 1);
+        assert_eq!(daemon.manager.disks()[0].layers.len(), layers);
+    }
+}
+
 /// The way of programs that know QEMU's filters: the backup is of the instant of the transaction, its bitmap too.
 #[test]
 fn a_backup_through_a_filter_is_of_the_instant_of_its_transaction() {
@@ -94,6 +133,16 @@ fn a_backup_through_a_filter_is_of_the_instant_of_its_transaction() {
     write(&daemon, "vda", 1 << 20, 3);
     assert_eq!(finish(&daemon, "out"), None);
     assert!(std::fs::read(&out).unwrap() == at_cut);
+    // What only the cut shows to be wrong takes the snapshot with it.
+    let twice = bitmap("add", "access", "twice");
+    let gone = json!({"type": "snapshot-create", "data": {"name": "gone"}});
+    let error = transaction(&daemon, json!([twice, twice, gone])).unwrap_err().to_string();
+    assert!(error.contains("already exists"), "{error}");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !daemon.manager.list().is_empty() {
+        assert!(Instant::now() < deadline, "the snapshot stays");
+        thread::sleep(Duration::from_millis(5));
+    }
     assert_eq!(daemon.backups.remove_node("cbw").unwrap_err().kind(), ErrorKind::Busy);
     daemon.backups.set_drive("vda", "vda").unwrap();
     for node in ["access", "cbw", "fleece"] {
