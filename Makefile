@@ -44,6 +44,13 @@ bench: deps build ## measure against qemu-storage-daemon on the same file
 	@$(CARGO) build --quiet --release -p frazil-integration
 	@$(CARGO) run --quiet --release -p frazil-integration --bin bench
 
+SOAK_MINUTES ?= 120
+
+.PHONY: soak
+soak: deps build ## hours of snapshots, increments, deletes and kills on a real guest: nothing lost, nothing grown
+	@$(CARGO) build --quiet --release -p frazil-integration
+	@$(CARGO) run --quiet --release -p frazil-integration --bin soak -- --minutes $(SOAK_MINUTES)
+
 # Of each target, so many seconds. The corpus that grows is kept out of the repository; `fuzz/seeds` is in it.
 FUZZ_SECONDS ?= 60
 

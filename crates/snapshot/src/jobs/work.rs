@@ -308,12 +308,14 @@ impl<'a> Work<'a> {
         drop(exclusive);
     }
 
-    /// A target that is written no more: synced, and open to other readers.
+    /// A target that is written no more: synced, without what a writer needs, and open to other readers.
     pub(super) fn finish(&self, disk: &str, target: &Layer) -> Result<()> {
         target.seal();
         let synced = target.flush();
         if synced.is_ok() {
-            return self.world.store.layer_sealed(disk, target);
+            self.world.store.layer_sealed(disk, target)?;
+            target.settle(disk);
+            return Ok(());
         }
         if target.has_failed() {
             target.forsake(disk, self.world.store.journals())?;

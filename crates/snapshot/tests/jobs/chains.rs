@@ -179,3 +179,18 @@ fn a_disk_made_independent_of_its_base_is_so_of_what_is_beneath_that() {
     std::fs::remove_file(beneath).unwrap();
     assert_eq!([0, 8192].map(|at| byte(&bench.open(), "vda", at)), [1, 5]);
 }
+
+/// Each layer that a job had merged others into kept its journal open, though its files were gone: over hours of snapshots
+/// and deletes the daemon's descriptors grew with the chain.
+#[test]
+fn what_jobs_have_merged_into_holds_no_journal() {
+    let (bench, manager) = chain_of(6);
+    chain(&manager, "vda").set_connected(true);
+    // Upward, for the base has to hold the oldest.
+    ["s1", "s3"].iter().for_each(|name| delete(&manager, name).unwrap());
+    let folder = bench.path("state/journal");
+    let open = std::fs::read_dir("/proc/self/fd").unwrap();
+    let links = open.filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok());
+    let journals: Vec<_> = links.filter(|link| link.starts_with(&folder)).collect();
+    assert_eq!(journals.len(), 2, "the active layer's alone: {journals:?}");
+}
