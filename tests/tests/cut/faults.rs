@@ -1,6 +1,8 @@
-//! Backups whose target has no room: each policy does as in QEMU, and the next increment has all that this one has not.
+//! Backups whose target has no room, and whose source can not be read: each policy does as in QEMU, and the next increment has
+//! all that this one has not.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -204,5 +206,41 @@ fn a_target_without_room_calls_off_the_backups_of_its_group() {
         assert_eq!(listener.finish(disk), None);
     }
     assert_eq!((dirty(&served, 0), dirty(&served, 1)), (0, 0));
+    served.stop();
+}
+
+/// A base with compressed clusters, of which one is none.
+#[test]
+fn a_source_that_can_not_be_read_does_as_its_policy_says() {
+    let folder = in_memory();
+    let (raw, base) = (folder.path().join("raw"), folder.path().join("vd0.qcow2"));
+    let mut random = Random(1);
+    let bytes: Vec<u8> = (0..BYTES).map(|at| if at % 2 == 0 { 0 } else { random.number() as u8 }).collect();
+    std::fs::write(&raw, &bytes).unwrap();
+    let made = qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", text(&raw), text(&base)]);
+    assert!(made.status.success(), "{made:?}");
+    let file = std::fs::OpenOptions::new().write(true).open(&base).unwrap();
+    let len = file.metadata().unwrap().len();
+    file.write_all_at(&[0xff; 64 << 10], len / 2).unwrap();
+    let mut served = Served::over(folder, std::slice::from_ref(&base), wanted(1, "qcow2"), "");
+    let path = target(&served, "t", "raw");
+    let mut listener = Listener::new(&served);
+    for policy in ["report", "enospc", "stop", "ignore"] {
+        let backup = json!({ "device": "vd0", "target": "t", "sync": "full", "auto-dismiss": false,
+            "on-source-error": policy });
+        listener.ask("blockdev-backup", backup);
+        listener.await_job("vd0", if policy == "stop" { &["paused"] } else { &["concluded"] });
+        let action = if policy == "enospc" { "report" } else { policy };
+        assert_eq!(listener.job_errors(), told("vd0", "read", action), "{policy}");
+        if policy == "stop" {
+            listener.ask("job-cancel", json!({ "id": "vd0" }));
+        }
+        let error = listener.finish("vd0");
+        assert_eq!(error.is_none(), policy == "ignore", "{error:?}");
+    }
+    // All that could be read is there.
+    let found = std::fs::read(path).unwrap();
+    let same = found.chunks(CHUNK).zip(bytes.chunks(CHUNK)).filter(|(found, bytes)| found == bytes).count();
+    assert!((100..BYTES as usize / CHUNK).contains(&same), "{same}");
     served.stop();
 }
