@@ -1,5 +1,7 @@
 //! Sockets that systemd opens before the daemon runs.
 
+#![allow(clippy::unwrap_used, reason = "to clippy, the helpers of tests are no tests")]
+
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
