@@ -4,10 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use block::{Error, ErrorKind};
-use snapshot::{BitmapLock, ErrorAction, Halt, IoOperation, Job, Labor, Pin};
+use snapshot::{BitmapLock, CopyFailure, DiskCopy, ErrorAction, Halt, IoOperation, Job, Labor, Pin};
 use tracing::warn;
 
-use crate::copy::{Copy, Failure};
 use crate::model::OnError;
 use crate::nodes::{Access, Creation, Writing};
 
@@ -20,7 +19,7 @@ pub(crate) struct Policies {
 
 /// One backup.
 pub(crate) struct Backup {
-    pub(crate) copy: Copy,
+    pub(crate) copy: DiskCopy,
     pub(crate) target: Writing,
     pub(crate) policies: Policies,
     /// Keeps what is read as it was.
@@ -75,10 +74,10 @@ impl Backup {
     }
 
     /// Does as the policy says; whether the piece will be tried again.
-    fn heed(&mut self, job: &Job, failure: Failure) -> Result<bool, Halt> {
+    fn heed(&mut self, job: &Job, failure: CopyFailure) -> Result<bool, Halt> {
         let (operation, policy, error) = match failure {
-            Failure::Read(error) => (IoOperation::Read, self.policies.read, error),
-            Failure::Write(error) => (IoOperation::Write, self.policies.write, error),
+            CopyFailure::Read(error) => (IoOperation::Read, self.policies.read, error),
+            CopyFailure::Write(error) => (IoOperation::Write, self.policies.write, error),
         };
         let action = action(policy, &error);
         job.tell_error(operation, action);

@@ -27,7 +27,6 @@
 
 mod actions;
 mod address;
-mod copy;
 mod exports;
 mod labor;
 mod model;

@@ -18,7 +18,7 @@ use crate::model::{DiskLayer, DiskStatus};
 ///
 /// # Invariants
 /// - `active` is switched only while the gate is closed and drained: no request sees it change.
-/// - What a job gives back is not used again while a map names it: [`relayer`](Self::relayer), before the next job, begins
+/// - What a job gives back is not used again while a map names it: `relayer`, before the next job, begins
 ///   all maps anew, that of the chain and those of its views.
 /// - While a layer is *sealing* (its snapshot is taken, its sync not done), a guest's flush syncs it too: the guest's
 ///   promise does not wait for ours.

@@ -2,6 +2,7 @@
 
 mod backing;
 mod chain;
+mod copy;
 mod cut;
 mod debts;
 mod edit;
@@ -22,6 +23,7 @@ mod store;
 
 pub use backing::AllowedFolders;
 pub use chain::Chain;
+pub use copy::{CopyFailure, DiskCopy};
 
 pub use cut::{
     Clock, ClosedGates, Collector, Coverage, Cut, CutPlan, CutPorts, Debts, Events, FreezeOutcome,

@@ -1,6 +1,6 @@
 //! What a front-end has given us to map, and the guards on it.
 //!
-//! A map of the guest's memory is guarded (see [`sigbus`](crate::sigbus)) before a worker may see it, and until no
+//! A map of the guest's memory is guarded (see [`sigbus`]) before a worker may see it, and until no
 //! worker holds on to it any more: only then does its memory go, unless a later map has it too. The same goes for
 //! in-flight records.
 

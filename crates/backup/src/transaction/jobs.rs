@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use block::{DirtyBitmap, Error, ErrorKind, Result};
-use snapshot::{BitmapLock, HostedJob, ImageFormat, JobType, Pin, Seat};
+use snapshot::{BitmapLock, DiskCopy, HostedJob, ImageFormat, JobType, Pin, Seat};
 
 use super::bitmaps::Staged;
 use super::check::check;
 use super::{Plan, Source, invalid};
-use crate::copy::Copy;
 use crate::labor::{Backup, Policies};
 use crate::model::{BackupOptions, BitmapMode, FileTarget, Sync};
 use crate::nodes::{Writing, bitmap_of, incompressible, no_node, not_found};
@@ -133,7 +132,7 @@ pub(super) fn begin(ready: Ready, pins: &BTreeMap<String, Arc<Pin>>) -> Result<(
     let pin = pin.ok_or_else(|| no_node(source.disk()))?;
     let cleans = options.sync == Sync::Incremental
         || matches!(options.bitmap_mode, Some(BitmapMode::OnSuccess | BitmapMode::Always));
-    let mut copy = Copy::new(pin.disk(), Arc::clone(target.disk()), marked);
+    let mut copy = DiskCopy::new(pin.disk(), Arc::clone(target.disk()), marked);
     if options.compress {
         copy = copy.compressed(target.compressible()?);
     }

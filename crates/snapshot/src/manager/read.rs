@@ -98,7 +98,7 @@ impl Manager {
             true => ControlFlow::Break(()),
             false => progress(done, total),
         };
-        export::export(&*self.snapshot_disk(name, disk)?, out, format, &mut go_on)
+        export::export(self.snapshot_disk(name, disk)?, out, format, &mut go_on)
     }
 
     fn snapshot_disk(&self, name: &str, id: &str) -> Result<Arc<Stack>> {

@@ -28,7 +28,7 @@ fn bytes() -> Vec<u8> {
     bytes
 }
 
-fn run(copy: &mut Copy) -> u64 {
+fn run(copy: &mut DiskCopy) -> u64 {
     let mut copied = 0;
     while let Some(len) = copy.step().unwrap() {
         copied += len;
@@ -40,7 +40,7 @@ fn run(copy: &mut Copy) -> u64 {
 fn a_whole_disk_is_copied_over_whatever_was_there() {
     let (_, source) = raw(&bytes());
     let (_, target) = raw(&[9; SIZE]);
-    let mut copy = Copy::new(source, Arc::clone(&target), None);
+    let mut copy = DiskCopy::new(source, Arc::clone(&target), None);
     assert_eq!(copy.total(), SIZE as u64);
     assert_eq!(run(&mut copy), SIZE as u64);
     assert!(content(&*target) == bytes());
@@ -53,7 +53,7 @@ fn a_target_that_reads_as_zeroes_stays_sparse() {
     storage.set_len(SIZE as u64).unwrap();
     let target: Arc<dyn Disk> = Arc::new(RawDisk::new(Arc::clone(&storage) as _, false).unwrap());
     assert!(is_blank(&*target) == storage.next_data(0).unwrap().is_none());
-    run(&mut Copy::new(source, Arc::clone(&target), None));
+    run(&mut DiskCopy::new(source, Arc::clone(&target), None));
     assert!(content(&*target) == bytes());
 }
 
@@ -70,7 +70,7 @@ fn of_what_is_marked_whole_units_are_copied_and_nothing_else() {
     for offset in [512, 3 * GRAIN as u64 + 511, WINDOW + GRAIN as u64, SIZE as u64 - 1] {
         marked.mark(ByteRange { offset, len: 1 });
     }
-    let mut copy = Copy::new(source, Arc::clone(&target), Some(marked));
+    let mut copy = DiskCopy::new(source, Arc::clone(&target), Some(marked));
     assert_eq!(copy.total(), 4 * GRAIN as u64);
     assert_eq!(run(&mut copy), 4 * GRAIN as u64);
     let found = content(&*target);
@@ -86,7 +86,7 @@ fn a_piece_that_failed_is_tried_again_or_left_out() {
         storage.fail_reads(1);
         let source = Arc::new(RawDisk::new(Arc::new(storage), true).unwrap());
         let (_, target) = raw(&[9; SIZE]);
-        let mut copy = Copy::new(source, Arc::clone(&target), None);
+        let mut copy = DiskCopy::new(source, Arc::clone(&target), None);
         let failure = loop {
             match copy.step() {
                 Ok(Some(_)) => {}
@@ -94,7 +94,7 @@ fn a_piece_that_failed_is_tried_again_or_left_out() {
                 Err(failure) => break failure,
             }
         };
-        assert!(matches!(failure, Failure::Read(_)), "{failure:?}");
+        assert!(matches!(failure, CopyFailure::Read(_)), "{failure:?}");
         let left_out = skipped.then(|| copy.skip().unwrap());
         run(&mut copy);
         let mut expected = bytes();
@@ -121,13 +121,13 @@ fn what_can_not_be_read_does_not_hold_up_the_rest() {
     storage.write_at(&[0xff; 512], storage.len().unwrap() / 2).unwrap();
     let broken = Image::open(Parts::new(storage, None), Mode::ReadOnly).unwrap();
     let (_, target) = raw(&vec![0; SIZE]);
-    let mut copy = Copy::new(Arc::new(broken), Arc::clone(&target), None);
+    let mut copy = DiskCopy::new(Arc::new(broken), Arc::clone(&target), None);
     let mut left_out = Vec::new();
     loop {
         match copy.step() {
             Ok(Some(_)) => {}
             Ok(None) => break,
-            Err(Failure::Read(_)) => left_out.extend(copy.skip()),
+            Err(CopyFailure::Read(_)) => left_out.extend(copy.skip()),
             Err(failure) => panic!("{failure:?}"),
         }
         assert!(left_out.len() <= 2, "{left_out:?}");

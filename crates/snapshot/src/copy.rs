@@ -1,4 +1,4 @@
-//! Copying a disk, or parts of it, to another disk.
+//! Copying a disk, or parts of it, to another disk: what exports and backups do.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ const GRAIN: u64 = 4096;
 
 /// What is copied where.
 #[derive(Debug)]
-pub(crate) struct Copy {
+pub struct DiskCopy {
     source: Arc<dyn Disk>,
     target: Arc<dyn Disk>,
     /// The target, if what is written is to be compressed.
@@ -47,16 +47,25 @@ struct Piece {
 
 /// Which side of a copy failed. The piece is still to be copied.
 #[derive(Debug)]
-pub(crate) enum Failure {
+pub enum CopyFailure {
     /// The source could not be read.
     Read(Error),
     /// The target could not be written.
     Write(Error),
 }
 
-impl Copy {
+impl CopyFailure {
+    /// Why, whichever side it was.
+    pub fn error(self) -> Error {
+        match self {
+            Self::Read(error) | Self::Write(error) => error,
+        }
+    }
+}
+
+impl DiskCopy {
     /// From `source` to `target`, which is as large.
-    pub(crate) fn new(source: Arc<dyn Disk>, target: Arc<dyn Disk>, marked: Option<DirtyBitmap>) -> Self {
+    pub fn new(source: Arc<dyn Disk>, target: Arc<dyn Disk>, marked: Option<DirtyBitmap>) -> Self {
         // What is marked may be zero and not have been before: what is beneath an increment, today or once it is put on top
         // of the backup before it, must not show there.
         let on_zeroes = marked.is_none() && is_blank(&*target);
@@ -66,13 +75,13 @@ impl Copy {
     }
 
     /// The same, compressed: `image` is the target, and whole clusters of it are written.
-    pub(crate) fn compressed(self, image: Arc<Image>) -> Self {
+    pub fn compressed(self, image: Arc<Image>) -> Self {
         let unit = self.unit.max(image.cluster_size());
         Self { unit, compressing: Some(image), ..self }
     }
 
     /// Bytes to copy in all.
-    pub(crate) fn total(&self) -> u64 {
+    pub fn total(&self) -> u64 {
         let Some(marked) = &self.marked else { return self.source.capacity() };
         let (mut total, mut at) = (0, 0);
         while let Some(range) = self.next_marked(marked, at) {
@@ -83,7 +92,7 @@ impl Copy {
     }
 
     /// Copies the next piece; its length, or `None` if there is none.
-    pub(crate) fn step(&mut self) -> std::result::Result<Option<u64>, Failure> {
+    pub fn step(&mut self) -> std::result::Result<Option<u64>, CopyFailure> {
         if self.pieces.is_empty() && !self.resolve() {
             return Ok(None);
         }
@@ -94,7 +103,7 @@ impl Copy {
     }
 
     /// Leaves the next piece out, which could not be copied; its range.
-    pub(crate) fn skip(&mut self) -> Option<ByteRange> {
+    pub fn skip(&mut self) -> Option<ByteRange> {
         let piece = self.next_piece()?;
         self.done(piece);
         Some(piece.range)
@@ -178,14 +187,14 @@ impl Copy {
         Some(ByteRange { offset, len: end - offset })
     }
 
-    fn copy(&mut self, piece: Piece) -> std::result::Result<(), Failure> {
+    fn copy(&mut self, piece: Piece) -> std::result::Result<(), CopyFailure> {
         if piece.is_zero {
-            return self.zero(piece.range).map_err(Failure::Write);
+            return self.zero(piece.range).map_err(CopyFailure::Write);
         }
         // At most a window.
         self.buffer.resize(piece.range.len as usize, 0);
-        read_disk(&*self.source, piece.range.offset, &mut self.buffer).map_err(Failure::Read)?;
-        self.put(piece.range.offset).map_err(Failure::Write)
+        read_disk(&*self.source, piece.range.offset, &mut self.buffer).map_err(CopyFailure::Read)?;
+        self.put(piece.range.offset).map_err(CopyFailure::Write)
     }
 
     /// Writes what is in the buffer, runs of zeroes as such: the target stays as sparse as what is in the disk.
