@@ -167,6 +167,44 @@ fn a_job_that_fails_calls_off_those_that_it_would_have_ended_with() {
     assert_eq!(manager.jobs().into_iter().find(|job| job.id == "alone").unwrap().error, None);
 }
 
+/// Work that takes its time to put away what it began.
+struct Slow {
+    ended: Sender<()>,
+    goes: Receiver<()>,
+}
+
+impl Labor for Slow {
+    fn run(self: Box<Self>, job: &Job) -> Result<(), Halt> {
+        let ended = job.finalize_point();
+        let _ = self.ended.send(());
+        let _ = self.goes.recv();
+        ended
+    }
+}
+
+/// One that waited for the others was called off, and before it was over the last of them came, found all there, and did its
+/// last step.
+#[test]
+fn none_does_its_last_step_while_one_that_was_called_off_still_puts_things_away() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    let group = Arc::new(JobGroup::new());
+    let member = |id| HostedJob { group: Some(Arc::clone(&group)), ..asked(id) };
+    let [slow, last] = ["slow", "last"].map(|id| manager.enter_job(member(id)).unwrap());
+    let ((ended, has_ended), (go, goes)) = (channel(), channel());
+    slow.start(Box::new(Slow { ended, goes })).unwrap();
+    let (end, _over) = begin(last);
+    wait_for(&manager, "slow", JobStatus::Waiting);
+    manager.ask_job("slow", JobVerb::Cancel).unwrap();
+    has_ended.recv().unwrap();
+    end.send(Ok(())).unwrap();
+    wait_for(&manager, "last", JobStatus::Concluded);
+    go.send(()).unwrap();
+    wait_for(&manager, "slow", JobStatus::Concluded);
+    let errors: Vec<_> = manager.jobs().into_iter().map(|job| job.error).collect();
+    assert_eq!(errors, [Some("it was cancelled".to_owned()), Some("it was cancelled".to_owned())]);
+}
+
 #[test]
 fn jobs_that_end_together_do_their_last_step_when_all_have_come_to_it() {
     let bench = Bench::new(&["vda"]);

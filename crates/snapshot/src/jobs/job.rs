@@ -269,12 +269,19 @@ impl Job {
         group.arrive();
         let mut state = self.state();
         while !group.is_complete() {
-            match (state.stopped, state.machine.is_cancelled()) {
-                (true, _) => return Err(Halt::Stopped),
-                (false, true) => return Err(Halt::Cancelled),
-                (false, false) => {}
+            let halt = match (state.stopped, state.machine.is_cancelled()) {
+                (true, _) => Halt::Stopped,
+                (false, true) => Halt::Cancelled,
+                (false, false) => {
+                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                    continue;
+                }
+            };
+            // At once: the others may come to their last step before this one has put away what it began. If the verdict is
+            // that all is well, all have come so far.
+            if !group.decide(false) {
+                return Err(halt);
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         Ok(())
     }
