@@ -16,7 +16,7 @@ use snapshot::{Event, Manager, Pin, Point};
 use crate::actions::{Backups, Named};
 use crate::address::{SocketAddress, Sockets};
 use crate::model::BitmapSource;
-use crate::nodes::{Kind, Node, Writing, no_node};
+use crate::nodes::{Kind, Node, Writing, is_well_formed, no_node};
 
 /// How long clients whose requests are under way are waited for when the server stops.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
@@ -126,6 +126,9 @@ impl Exports {
 
     /// Takes an id for an export that is made next.
     fn begin(&self, id: &str) -> Result<Beginning<'_>> {
+        if !is_well_formed(id) {
+            return Err(Error::new(ErrorKind::InvalidInput, "Invalid block export id"));
+        }
         let mut beginning = self.beginning();
         if self.list.lock().contains_key(id) || !beginning.insert(id.to_owned()) {
             return Err(Error::new(ErrorKind::Busy, format!("Block export id '{id}' is already in use")));

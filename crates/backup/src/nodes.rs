@@ -298,11 +298,15 @@ fn is_own(name: &str) -> bool {
     name.starts_with('#')
 }
 
-/// QEMU's rule for names (`id_wellformed`), and its bound.
-fn check_name(name: String) -> Result<String> {
-    let starts_well = name.bytes().next().is_some_and(|first| first.is_ascii_alphabetic());
+/// QEMU's rule for ids (`id_wellformed`).
+pub(crate) fn is_well_formed(id: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
-    match starts_well && name.len() <= 31 && name.bytes().all(allowed) {
+    id.bytes().next().is_some_and(|first| first.is_ascii_alphabetic()) && id.bytes().all(allowed)
+}
+
+/// QEMU's rule for names, and its bound.
+fn check_name(name: String) -> Result<String> {
+    match name.len() <= 31 && is_well_formed(&name) {
         true => Ok(name),
         false => Err(Error::new(ErrorKind::InvalidInput, format!("Invalid node-name: '{name}'"))),
     }

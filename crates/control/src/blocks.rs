@@ -127,7 +127,7 @@ pub(crate) fn device_of(disks: &[DiskStatus], node: &str) -> Result<String> {
         return Ok(node.to_owned());
     }
     let names = |disk: &&DiskStatus| nodes(disk).any(|found| found.node_name == node);
-    let missing = || Error::new(ErrorKind::NotFound, format!("there is no node '{node}'"));
+    let missing = || Error::new(ErrorKind::NotFound, format!("Cannot find device='' nor node-name='{node}'"));
     let disk = disks.iter().find(names).ok_or_else(missing)?;
     match nodes(disk).next().is_some_and(|active| active.node_name == node) {
         true => Ok(disk.id.clone()),

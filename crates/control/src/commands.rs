@@ -113,5 +113,12 @@ fn nothing() -> Outcome {
     Ok(json!({}))
 }
 
+/// The end of a command of QEMU's block layer: its class for a disk or node that is not there is `GenericError`, as for all
+/// else that can go wrong.
+fn done(outcome: block::Result<()>) -> Outcome {
+    outcome.map_err(|error| CommandError::generic(error.to_string()))?;
+    nothing()
+}
+
 #[cfg(test)]
 mod tests;

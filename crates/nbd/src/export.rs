@@ -196,7 +196,7 @@ impl Exports {
         if exports.contains_key(offered.name()) {
             // Whoever waits to hear that it is gone is told without the lock.
             drop(exports);
-            let story = format!("there is an export '{}' already", offered.name());
+            let story = format!("NBD server already has export named '{}'", offered.name());
             return Err(Error::new(ErrorKind::Busy, story));
         }
         exports.insert(offered.name().to_owned(), offered);

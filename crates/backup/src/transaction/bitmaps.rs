@@ -44,6 +44,14 @@ impl Plan<'_> {
         Ok(())
     }
 
+    /// What a bitmap is of that is there already.
+    fn bitmap_owner(&self, node: &str) -> Result<Source> {
+        self.owner(node).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => Error::new(ErrorKind::NotFound, format!("Node '{node}' not found")),
+            _ => error,
+        })
+    }
+
     /// A change that takes a bitmap's name and nothing else. `to` is what it is for a node's; `None` for nothing.
     pub(super) fn change(
         &mut self,
@@ -51,7 +59,7 @@ impl Plan<'_> {
         of_disk: fn(BitmapName) -> MarkChange,
         to: Option<To>,
     ) -> Result<()> {
-        match self.owner(&bitmap.node)? {
+        match self.bitmap_owner(&bitmap.node)? {
             Source::Disk(disk) => self.changes.push(of_disk(BitmapName { disk, name: bitmap.name })),
             Source::Access(access) => {
                 self.node_changes.extend(to.map(|to| NodeChange { access, name: bitmap.name, to }));
@@ -67,9 +75,9 @@ impl Plan<'_> {
             BitmapSource::External(bitmap) => bitmap,
         };
         let sources: Vec<_> = merge.bitmaps.into_iter().map(source).collect();
-        match self.owner(&node)? {
+        match self.bitmap_owner(&node)? {
             Source::Disk(disk) => {
-                let named = |source: BitmapRef| match self.owner(&source.node)? {
+                let named = |source: BitmapRef| match self.bitmap_owner(&source.node)? {
                     Source::Disk(disk) => Ok(BitmapName { disk, name: source.name }),
                     Source::Access(_) => Err(Error::new(
                         ErrorKind::Unsupported,
@@ -161,7 +169,7 @@ impl Plan<'_> {
         let pin = cut.or(own.as_deref()).ok_or_else(|| no_node(&access.filter.disk))?;
         let mut merged = Vec::new();
         for source in sources {
-            match self.owner(&source.node)? {
+            match self.bitmap_owner(&source.node)? {
                 Source::Disk(disk) => {
                     let own = |(name, _): &&(BitmapName, _)| name.disk == disk && name.name == source.name;
                     let dirty = match self.cleaned.iter().find(own) {

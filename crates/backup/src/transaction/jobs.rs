@@ -47,6 +47,9 @@ impl Plan<'_> {
                 let story = format!("Bitmap '{name}' is readonly and cannot be modified");
                 return Err(Error::new(ErrorKind::ReadOnly, story));
             }
+            (Some(name), Source::Disk(disk)) if !self.backups.manager.has_bitmap(disk, name)? => {
+                return Err(invalid(&format!("Bitmap '{name}' could not be found")));
+            }
             (Some(name), Source::Disk(disk)) => Some(self.backups.manager.bitmap_lock(disk, name)?),
             _ => None,
         };
@@ -75,7 +78,16 @@ impl Plan<'_> {
             disks.iter().find(|disk| disk.id == source.disk()).ok_or_else(|| no_node(source.disk()))?;
         let nodes = &self.backups.nodes;
         let node = match target {
-            Target::Node(name) => nodes.get(&name).ok_or_else(|| no_node(&name))?,
+            Target::Node(name) => match self.backups.disk_of(&name) {
+                Some(disk) if disk == source.disk() => {
+                    return Err(invalid("Source and target cannot be the same"));
+                }
+                Some(disk) => {
+                    let story = format!("disk '{disk}' is its guest's: a target is an image that was added");
+                    return Err(Error::new(ErrorKind::Unsupported, story));
+                }
+                None => nodes.get(&name).ok_or_else(|| no_node(&name))?,
+            },
             Target::File(file) => {
                 // What a client is shown as the disk's format.
                 let active = disk.layers.last().ok_or_else(|| no_node(&disk.id))?;

@@ -25,8 +25,26 @@ fn what_makes_no_sense_is_refused_in_qemus_words() {
         (json!({"bitmap": "b"}), "Bitmap sync mode must be given when providing a bitmap"),
         (json!({"target": "x"}), "Cannot find device='x' nor node-name='x'"),
         (json!({"device": "x"}), "Cannot find device='x' nor node-name='x'"),
+        (json!({"sync": "incremental", "bitmap": "x"}), "Bitmap 'x' could not be found"),
+        (json!({"target": "vda"}), "Source and target cannot be the same"),
+        (json!({"target": "vdb"}), "disk 'vdb' is its guest's: a target is an image that was added"),
     ] {
         assert_eq!(backup(more), story);
+    }
+    transaction(&daemon, json!([bitmap("add", "vda", "b")])).unwrap();
+    let merge = |sources: Value| {
+        let data = json!({"node": "vda", "target": "b", "bitmaps": sources});
+        json!({"type": "block-dirty-bitmap-merge", "data": data})
+    };
+    for (action, story) in [
+        (bitmap("add", "x", "b"), "Cannot find device='x' nor node-name='x'"),
+        (bitmap("clear", "x", "b"), "Node 'x' not found"),
+        (bitmap("remove", "x", "b"), "Node 'x' not found"),
+        (bitmap("remove", "vda", "x"), "Dirty bitmap 'x' not found"),
+        (merge(json!(["x"])), "Dirty bitmap 'x' not found"),
+        (merge(json!([{"node": "x", "name": "b"}])), "Node 'x' not found"),
+    ] {
+        assert_eq!(transaction(&daemon, json!([action])).unwrap_err().to_string(), story);
     }
     for (options, story) in [
         (json!({"driver": "file", "filename": "/none"}), "'node-name' must be specified for the root node"),

@@ -3,9 +3,9 @@
 use backup::{Action, CompletionMode, ImageOptions, NodeOptions};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::{Arguments, Caller, Command, Outcome, nothing, typed};
+use super::{Arguments, Caller, Command, Outcome, done, nothing, typed};
 use crate::error::CommandError;
 
 pub(super) const COMMANDS: &[Command] = &[
@@ -69,21 +69,17 @@ struct Creation {
 }
 
 fn add(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
-    caller.service.add_node(typed::<NodeOptions>(arguments)?)?;
-    nothing()
+    done(caller.service.add_node(typed::<NodeOptions>(arguments)?))
 }
 
 fn create(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     let Creation { job_id, options } = typed(arguments)?;
-    caller.service.create_image(job_id, options, caller.client)?;
-    nothing()
+    done(caller.service.create_image(job_id, options, caller.client))
 }
 
-/// In QEMU, too, a node that is not there is a `GenericError`.
 fn remove(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     let Node { node_name } = typed(arguments)?;
-    caller.service.remove_node(&node_name).map_err(|error| CommandError::generic(error.to_string()))?;
-    nothing()
+    done(caller.service.remove_node(&node_name))
 }
 
 fn set_property(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
@@ -104,12 +100,11 @@ fn single<T: DeserializeOwned>(
     arguments: Arguments,
     action: fn(T) -> Action,
 ) -> Outcome {
-    caller.service.transaction(vec![action(typed(arguments)?)], CompletionMode::Individual, caller.client)?;
-    nothing()
+    let action = action(typed(arguments)?);
+    done(caller.service.transaction(vec![action], CompletionMode::Individual, caller.client))
 }
 
 fn transaction(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     let Transaction { actions, properties } = typed(arguments)?;
-    caller.service.transaction(actions, properties.completion_mode, caller.client)?;
-    Ok(json!({}))
+    done(caller.service.transaction(actions, properties.completion_mode, caller.client))
 }

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde_json::json;
 use snapshot::{BitmapInfo, DiskStatus};
 
-use super::{Arguments, Caller, Command, Outcome, nothing, typed, value};
+use super::{Arguments, Caller, Command, Outcome, done, nothing, typed, value};
 use crate::blocks;
 use crate::error::CommandError;
 use crate::stats::block_stats;
@@ -74,12 +74,11 @@ fn query_stats(caller: &Caller<'_>, _: Arguments) -> Outcome {
 fn resize(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     let Resize { device, node_name, size } = typed(arguments)?;
     let device = match (device, node_name) {
-        (Some(device), None) => device,
-        (None, Some(node)) => blocks::device_of(&caller.service.disks(), &node)?,
+        (Some(device), None) => Ok(device),
+        (None, Some(node)) => blocks::device_of(&caller.service.disks(), &node),
         _ => return Err(CommandError::generic("Exactly one of 'device' and 'node-name' must be given")),
     };
-    caller.service.resize(&device, size)?;
-    nothing()
+    done(device.and_then(|device| caller.service.resize(&device, size)))
 }
 
 fn stop(caller: &Caller<'_>, _: Arguments) -> Outcome {

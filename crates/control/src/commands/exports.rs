@@ -4,8 +4,7 @@ use backup::{ExportOptions, ServerOptions, TlsCredentials};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Arguments, Caller, Command, Outcome, nothing, typed, value};
-use crate::error::CommandError;
+use super::{Arguments, Caller, Command, Outcome, done, typed, value};
 
 pub(super) const COMMANDS: &[Command] = &[
     ("object-add", add_object),
@@ -72,10 +71,4 @@ fn add_named(caller: &Caller<'_>, mut arguments: Arguments) -> Outcome {
     arguments.insert("node-name".to_owned(), device);
     arguments.insert("bitmaps".to_owned(), Value::Array(bitmaps));
     done(caller.service.add_export(typed::<ExportOptions>(arguments)?))
-}
-
-/// QEMU's class for all that can go wrong here is `GenericError`.
-fn done(outcome: block::Result<()>) -> Outcome {
-    outcome.map_err(|error| CommandError::generic(error.to_string()))?;
-    nothing()
 }

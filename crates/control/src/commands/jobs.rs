@@ -4,7 +4,7 @@ use block::{Error, ErrorKind};
 use serde::Deserialize;
 use snapshot::{CommitRequest, JobVerb, StreamRequest};
 
-use super::{Arguments, Caller, Command, Outcome, nothing, typed, value};
+use super::{Arguments, Caller, Command, Outcome, done, nothing, typed, value};
 use crate::error::{CommandError, ErrorClass};
 
 pub(super) const COMMANDS: &[Command] = &[
@@ -23,8 +23,8 @@ pub(super) const COMMANDS: &[Command] = &[
     // `force` is for jobs that would end well when they are called off: there are none.
     ("block-job-cancel", |caller, device| of_block_job(caller, device, JobVerb::Cancel)),
     ("block-job-complete", |caller, device| of_block_job(caller, device, JobVerb::Complete)),
-    ("block-job-finalize", |caller, id| of_job(caller, id, JobVerb::Finalize)),
-    ("block-job-dismiss", |caller, id| of_job(caller, id, JobVerb::Dismiss)),
+    ("block-job-finalize", |caller, id| of_block_job(caller, id, JobVerb::Finalize)),
+    ("block-job-dismiss", |caller, id| of_block_job(caller, id, JobVerb::Dismiss)),
     ("block-job-set-speed", set_speed),
 ];
 
@@ -35,6 +35,7 @@ struct Id {
 
 #[derive(Deserialize)]
 struct Device {
+    #[serde(alias = "id")]
     device: String,
 }
 
@@ -44,6 +45,7 @@ struct Speed {
     speed: u64,
 }
 
+/// As in QEMU, and only here, a disk that is not there has a class of its own: libvirt tells by it what can be done.
 fn commit(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     let mut request: CommitRequest = typed(arguments)?;
     request.options.client = Some(caller.client);
@@ -54,18 +56,16 @@ fn commit(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
 fn stream(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
     let mut request: StreamRequest = typed(arguments)?;
     request.options.client = Some(caller.client);
-    caller.service.stream(request)?;
-    nothing()
+    done(caller.service.stream(request).map(drop))
 }
 
 /// A command that names a job by its id. QEMU's class for a job that is not there is `GenericError`.
 fn of_job(caller: &Caller<'_>, arguments: Arguments, verb: JobVerb) -> Outcome {
     let Id { id } = typed(arguments)?;
-    caller.service.ask_job(&id, verb).map_err(|error| CommandError::generic(error.to_string()))?;
-    nothing()
+    done(caller.service.ask_job(&id, verb))
 }
 
-/// An older command, that calls the id `device`. QEMU has a class of its own for these.
+/// An older command, most of which call the id `device`. QEMU has a class of its own for these.
 fn of_block_job(caller: &Caller<'_>, arguments: Arguments, verb: JobVerb) -> Outcome {
     let Device { device } = typed(arguments)?;
     caller.service.ask_job(&device, verb).map_err(|error| not_active(&device, &error))?;

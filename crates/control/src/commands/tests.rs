@@ -70,7 +70,7 @@ fn a_capability_that_is_not_offered_is_refused_and_the_negotiation_goes_on() {
 
 #[test]
 fn failures_have_the_class_and_the_words_that_clients_expect() {
-    use ErrorClass::{CommandNotFound, DeviceNotFound, GenericError};
+    use ErrorClass::{CommandNotFound, DeviceNotActive, DeviceNotFound, GenericError};
     for (name, arguments, class, desc) in [
         ("eject", json!({}), CommandNotFound, "The command eject has not been found"),
         ("snapshot-create", json!({}), GenericError, "Parameter 'name' is missing"),
@@ -80,6 +80,9 @@ fn failures_have_the_class_and_the_words_that_clients_expect() {
         ("query-snapshot", json!({"name": "x"}), DeviceNotFound, "no snapshot is named x"),
         ("snapshot-delete", json!({"name": "x"}), DeviceNotFound, "no snapshot is named x"),
         ("snapshot-release", json!({"name": "x"}), DeviceNotFound, "no snapshot is named x"),
+        ("job-finalize", json!({"id": "x"}), GenericError, "Job not found"),
+        ("block-job-finalize", json!({"id": "x"}), DeviceNotActive, "Block job 'x' not found"),
+        ("block-job-cancel", json!({"device": "x"}), DeviceNotActive, "Block job 'x' not found"),
         (
             "snapshot-export",
             json!({"name": "first", "disk": "vda", "target": "a.raw", "format": "raw"}),
@@ -220,8 +223,9 @@ fn a_disk_is_resized_by_its_name_or_by_that_of_its_active_layer() {
     let both = refused(json!({"device": "vda", "node-name": "vda.1", "size": size}));
     assert_eq!(both.1, "Exactly one of 'device' and 'node-name' must be given");
     assert_eq!(refused(json!({"size": size})), both);
-    assert_eq!(refused(json!({"device": "vdx", "size": size})).0, ErrorClass::DeviceNotFound);
-    assert_eq!(refused(json!({"node-name": "vda.7", "size": size})).0, ErrorClass::DeviceNotFound);
+    assert_eq!(refused(json!({"device": "vdx", "size": size})).0, ErrorClass::GenericError);
+    let missing = (ErrorClass::GenericError, "Cannot find device='' nor node-name='vda.7'".to_owned());
+    assert_eq!(refused(json!({"node-name": "vda.7", "size": size})), missing);
     let frozen = refused(json!({"node-name": "vda.0", "size": size}));
     assert_eq!(
         frozen,

@@ -28,7 +28,9 @@ impl Manager {
         let usual = request.device.clone();
         let task = {
             let manifest = self.store.manifest();
-            let (disk, _) = device(&manifest, &request.device)?;
+            let missing =
+                || Error::new(ErrorKind::NotFound, format!("Device '{}' not found", request.device));
+            let (disk, _) = device(&manifest, &request.device).ok_or_else(missing)?;
             let layers = self.layers_of(&manifest, &disk)?;
             let top = layer(&disk, layers, request.top.as_deref(), request.top_node.as_deref())?;
             let base = layer(&disk, layers, request.base.as_deref(), request.base_node.as_deref())?;
@@ -47,7 +49,10 @@ impl Manager {
         let usual = request.device.clone();
         let task = {
             let manifest = self.store.manifest();
-            let (disk, top) = device(&manifest, &request.device)?;
+            let name = &request.device;
+            let missing = || format!("Cannot find device='{name}' nor node-name='{name}'");
+            let (disk, top) =
+                device(&manifest, name).ok_or_else(|| Error::new(ErrorKind::NotFound, missing()))?;
             let layers = self.layers_of(&manifest, &disk)?;
             let base = layer(&disk, layers, request.base.as_deref(), request.base_node.as_deref())?;
             let top =
@@ -87,16 +92,13 @@ impl Manager {
 }
 
 /// The disk that a device's name means, and the layer, if it is a node's.
-fn device(manifest: &Manifest, name: &str) -> Result<(String, Option<u32>)> {
+fn device(manifest: &Manifest, name: &str) -> Option<(String, Option<u32>)> {
     if manifest.disks.contains_key(name) {
-        return Ok((name.to_owned(), None));
+        return Some((name.to_owned(), None));
     }
-    let missing =
-        || Error::new(ErrorKind::NotFound, format!("Cannot find device='{name}' nor node-name='{name}'"));
-    let (disk, _) = name.rsplit_once('.').ok_or_else(missing)?;
-    let layers = &manifest.disk(disk).map_err(|_| missing())?.layers;
-    let number = node(disk, layers, name).ok_or_else(missing)?.number;
-    Ok((disk.to_owned(), Some(number)))
+    let (disk, _) = name.rsplit_once('.')?;
+    let number = node(disk, &manifest.disk(disk).ok()?.layers, name)?.number;
+    Some((disk.to_owned(), Some(number)))
 }
 
 /// The layer of that node name.
@@ -127,5 +129,5 @@ fn layer<'a>(
 }
 
 fn no_layer(disk: &str, name: &str) -> Error {
-    Error::new(ErrorKind::NotFound, format!("disk {disk} has no layer '{name}'"))
+    Error::new(ErrorKind::InvalidInput, format!("disk {disk} has no layer '{name}'"))
 }
