@@ -28,8 +28,12 @@ fn layers_that_hold_snapshots_are_not_merged_away() {
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.to_string().contains("s0"), "{error}");
     assert_eq!(commit("vda.1", "vda.1").unwrap_err().kind(), ErrorKind::InvalidInput);
-    assert_eq!(commit("vda.1", "vda.9").unwrap_err().kind(), ErrorKind::NotFound);
+    assert_eq!(commit("vda.1", "vda.9").unwrap_err().kind(), ErrorKind::InvalidInput);
     let device = "vdz".to_owned();
+    let missing =
+        manager.commit(CommitRequest { device: device.clone(), ..CommitRequest::default() }).unwrap_err();
+    // By the class libvirt tells what QEMU can do.
+    assert_eq!((missing.kind(), &*missing.to_string()), (ErrorKind::NotFound, "Device 'vdz' not found"));
     let stream = manager.stream(StreamRequest { device, ..StreamRequest::default() });
     assert_eq!(stream.unwrap_err().kind(), ErrorKind::NotFound);
     let device = "vda".to_owned();
