@@ -244,7 +244,7 @@ impl Service for Fake {
             JobVerb::Resume => job.status = JobStatus::Running,
             JobVerb::Cancel => {
                 job.status = JobStatus::Concluded;
-                job.error = Some("it was cancelled".to_owned());
+                job.error = Some("Operation canceled".to_owned());
             }
             JobVerb::SetSpeed | JobVerb::Complete | JobVerb::Finalize | JobVerb::Dismiss => {}
         })?;

@@ -103,7 +103,7 @@ fn a_hosted_job_that_fails_or_is_called_off_says_so() {
     over.recv().unwrap();
     wait_for(&manager, "cancelled", JobStatus::Concluded);
     let errors: Vec<_> = manager.jobs().into_iter().map(|job| job.error.unwrap()).collect();
-    assert_eq!(errors, ["no room", "it was cancelled"]);
+    assert_eq!(errors, ["no room", "Operation canceled"]);
     let ended: Vec<_> = events.try_iter().filter(|event| event.addressee() == Some(7)).collect();
     match &ended[..] {
         [Event::JobCompleted { end, .. }, Event::JobCancelled { .. }] => {
@@ -153,7 +153,8 @@ fn a_job_that_fails_calls_off_those_that_it_would_have_ended_with() {
     begun[0].0.send(Ok(())).unwrap();
     wait_for(&manager, "done", JobStatus::Waiting);
     begun[2].0.send(Err(Error::new(ErrorKind::NoSpace, "no room"))).unwrap();
-    for (id, error) in [("done", "it was cancelled"), ("working", "it was cancelled"), ("failing", "no room")]
+    for (id, error) in
+        [("done", "Operation canceled"), ("working", "it was cancelled"), ("failing", "no room")]
     {
         wait_for(&manager, id, JobStatus::Concluded);
         let job = manager.jobs().into_iter().find(|job| job.id == id).unwrap();
@@ -202,7 +203,7 @@ fn none_does_its_last_step_while_one_that_was_called_off_still_puts_things_away(
     go.send(()).unwrap();
     wait_for(&manager, "slow", JobStatus::Concluded);
     let errors: Vec<_> = manager.jobs().into_iter().map(|job| job.error).collect();
-    assert_eq!(errors, [Some("it was cancelled".to_owned()), Some("it was cancelled".to_owned())]);
+    assert_eq!(errors, [Some("Operation canceled".to_owned()), Some("it was cancelled".to_owned())]);
 }
 
 #[test]

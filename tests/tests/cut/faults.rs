@@ -193,8 +193,8 @@ fn a_target_without_room_calls_off_the_backups_of_its_group() {
     let actions = json!([action("vd0", "t0"), action("vd1", "t1")]);
     let grouped = json!({ "completion-mode": "grouped" });
     listener.ask("transaction", json!({ "actions": actions, "properties": grouped }));
-    assert_ne!(listener.finish("vd0").as_deref(), Some("it was cancelled"));
-    assert_eq!(listener.finish("vd1").as_deref(), Some("it was cancelled"));
+    assert_ne!(listener.finish("vd0").as_deref(), Some("Operation canceled"));
+    assert_eq!(listener.finish("vd1").as_deref(), Some("Operation canceled"));
     let ended = listener.events.iter().filter(|(name, _)| name.starts_with("BLOCK_JOB_C"));
     let ended: Vec<_> = ended.map(|(name, data)| (name.as_str(), data["device"].as_str().unwrap())).collect();
     assert!(ended.contains(&("BLOCK_JOB_COMPLETED", "vd0")), "{ended:?}");

@@ -22,7 +22,7 @@ fn a_backup_that_is_called_off_or_dies_leaves_its_bitmap_as_it_was() {
     let busy = transaction(&daemon, json!([bitmap("clear", "vda", "b")])).unwrap_err();
     assert_eq!(busy.to_string(), "Bitmap 'b' is currently in use by another operation and cannot be used");
     daemon.manager.ask_job("t", JobVerb::Cancel).unwrap();
-    assert_eq!(finish(&daemon, "t").as_deref(), Some("it was cancelled"));
+    assert_eq!(finish(&daemon, "t").as_deref(), Some("Operation canceled"));
     assert_eq!(dirty(&daemon, "vda", "b"), 4 << 20);
     transaction(&daemon, json!([slow])).unwrap();
     daemon.manager.shut_down().unwrap();

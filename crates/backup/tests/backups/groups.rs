@@ -44,7 +44,7 @@ fn a_job_that_is_called_off_takes_those_of_its_group_with_it() {
     await_status(&daemon, "a", JobStatus::Waiting);
     daemon.manager.ask_job("b", JobVerb::Cancel).unwrap();
     for id in ["a", "b"] {
-        assert_eq!(finish(&daemon, id).as_deref(), Some("it was cancelled"));
+        assert_eq!(finish(&daemon, id).as_deref(), Some("Operation canceled"));
     }
     for disk in ["vda", "vdb"] {
         assert_eq!(dirty(&daemon, disk, "b"), 8 << 16);
@@ -73,7 +73,7 @@ fn one_that_waits_to_be_finalized_holds_up_its_group() {
         assert_eq!(dirty(&daemon, "vda", "b"), 8 << 16, "it waits for the other one's word");
         daemon.manager.ask_job(of, verb).unwrap();
         let (error, left) = match verb {
-            JobVerb::Cancel => (Some("it was cancelled"), 8 << 16),
+            JobVerb::Cancel => (Some("Operation canceled"), 8 << 16),
             _ => (None, 0),
         };
         for (id, disk) in [("a", "vda"), ("b", "vdb")] {

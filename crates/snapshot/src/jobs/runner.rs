@@ -23,6 +23,9 @@ use super::world::World;
 /// Jobs that may be on the list, those that nobody has dismissed included.
 const MAX_JOBS: usize = 256;
 
+/// The error of a job that was called off, in QEMU's words.
+const CANCELLED: &str = "Operation canceled";
+
 /// All jobs. They are stopped, to be gone on with by the next run, when this is dropped.
 pub(crate) struct Jobs(pub(super) Arc<Inner>);
 
@@ -331,7 +334,7 @@ impl Inner {
                 None
             }
             Err(Halt::Stopped) => Some("the daemon ended".to_owned()),
-            Err(Halt::Cancelled) => Some("it was cancelled".to_owned()),
+            Err(Halt::Cancelled) => Some(CANCELLED.to_owned()),
             Err(Halt::Failed(error)) => Some(error.to_string()),
         };
         if let Some(story) = &story {
@@ -386,7 +389,7 @@ impl Inner {
             if let Err(error) = job.go(JobStatus::Aborting).and_then(|()| inner.forget(&job.identity.id)) {
                 warn!(%error, job = job.identity.id, "a job that was called off may come back");
             }
-            inner.conclude(&entry, Some("it was cancelled".to_owned()));
+            inner.conclude(&entry, Some(CANCELLED.to_owned()));
             Self::start_ready(inner);
         }
     }

@@ -45,7 +45,7 @@ fn a_job_that_is_called_off_leaves_a_disk_that_reads_the_same() {
     wait_for(&manager, &id, JobStatus::Running);
     std::thread::sleep(Duration::from_millis(20));
     manager.ask_job(&id, JobVerb::Cancel).unwrap();
-    assert_eq!(finish(&manager, &id).unwrap_err(), "it was cancelled");
+    assert_eq!(finish(&manager, &id).unwrap_err(), "Operation canceled");
     assert!(content(&manager) == before);
     assert_eq!(bench.export(&manager, "s0", "vda")[4096], 0);
     assert_eq!(bench.export(&manager, "s2", "vda")[4096], 2);
@@ -143,7 +143,7 @@ fn a_commit_that_is_ready_is_so_again_after_a_restart_and_can_be_called_off() {
     snapshot(&manager, "meanwhile");
     stamp(&manager, "vda", 4096, 8);
     manager.ask_job(&id, JobVerb::Cancel).unwrap();
-    assert_eq!(finish(&manager, &id).unwrap_err(), "it was cancelled");
+    assert_eq!(finish(&manager, &id).unwrap_err(), "Operation canceled");
     assert_eq!(content(&manager)[..4096], before[..4096]);
     assert!(bench.export(&manager, "meanwhile", "vda") == before);
 }
