@@ -154,7 +154,7 @@ fn a_job_that_fails_calls_off_those_that_it_would_have_ended_with() {
     wait_for(&manager, "done", JobStatus::Waiting);
     begun[2].0.send(Err(Error::new(ErrorKind::NoSpace, "no room"))).unwrap();
     for (id, error) in
-        [("done", "Operation canceled"), ("working", "it was cancelled"), ("failing", "no room")]
+        [("done", "Operation canceled"), ("working", "Operation canceled"), ("failing", "no room")]
     {
         wait_for(&manager, id, JobStatus::Concluded);
         let job = manager.jobs().into_iter().find(|job| job.id == id).unwrap();
@@ -203,7 +203,7 @@ fn none_does_its_last_step_while_one_that_was_called_off_still_puts_things_away(
     go.send(()).unwrap();
     wait_for(&manager, "slow", JobStatus::Concluded);
     let errors: Vec<_> = manager.jobs().into_iter().map(|job| job.error).collect();
-    assert_eq!(errors, [Some("Operation canceled".to_owned()), Some("it was cancelled".to_owned())]);
+    assert_eq!(errors, [Some("Operation canceled".to_owned()), Some("Operation canceled".to_owned())]);
 }
 
 #[test]
