@@ -1,3 +1,5 @@
+//! What the daemon takes of the host: in a life of it, nothing grows.
+
 use std::fmt;
 
 use frazil_integration::{Context, Error, Result};

@@ -1,3 +1,5 @@
+//! What happened in all rounds, as it is told at the end.
+
 use std::fmt;
 use std::time::Duration;
 

@@ -1,3 +1,5 @@
+//! The guest, its daemon, and copies of its disks that are kept up to date by increments.
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
