@@ -251,6 +251,25 @@ impl FrontEnd {
         self.kicks[ring].write(1).unwrap();
     }
 
+    /// Has the device call somebody else on ring `ring` from now on.
+    pub fn replace_call(&mut self, ring: usize) {
+        let call = EventFd::new(EFD_NONBLOCK).unwrap();
+        self.messages().set_vring_call(ring, &call).unwrap();
+        self.calls[ring] = call;
+    }
+
+    /// Whether the device calls on ring `ring` within `timeout`; its calls so far are taken.
+    pub fn is_called(&self, ring: usize, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        loop {
+            match self.calls[ring].read() {
+                Ok(_) => return true,
+                Err(_) if Instant::now() >= deadline => return false,
+                Err(_) => std::thread::sleep(Duration::from_micros(200)),
+            }
+        }
+    }
+
     /// The next used entry (head and length), if there is one within `timeout`.
     pub fn used(&mut self, ring: usize, timeout: Duration) -> Option<(u32, u32)> {
         let (used, deadline) = (Self::table(ring) + 0x2000, Instant::now() + timeout);

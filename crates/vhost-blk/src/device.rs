@@ -237,6 +237,7 @@ impl VhostUserBackend for Device {
         if u64::from(event) == self.bell_event() {
             queue.bell.silence();
         }
+        vring.wakes(&queue.bell);
         lock(worker).turn(vring);
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, OnceLock};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
@@ -15,11 +15,12 @@ use virtio_queue::Error;
 use vm_memory::GuestMemoryAtomic;
 
 use crate::guest::Memory;
+use crate::wake::Bell;
 
 /// The guest's memory as the front-end changes it.
 pub(crate) type SharedMemory = GuestMemoryAtomic<Memory>;
 
-/// A [`VringMutex`], but for [`read_kick`](VringT::read_kick), and that it notes when it is started.
+/// A [`VringMutex`], but for [`read_kick`](VringT::read_kick), and that it notes when it is started, and given a call.
 ///
 /// The framework ends a worker for good when reading the kick fails. That happens to honest front-ends: an event that
 /// was taken from epoll just before the ring was stopped and set up again finds a new descriptor with nothing in it,
@@ -36,6 +37,10 @@ struct Flags {
     started: AtomicBool,
     /// The call waits where its count is full.
     call_waits: AtomicBool,
+    /// The call was given, and the worker has not used it yet.
+    call_is_new: AtomicBool,
+    /// The worker's, to tell it of that.
+    bell: OnceLock<Arc<Bell>>,
 }
 
 impl Vring {
@@ -47,6 +52,19 @@ impl Vring {
     /// The worker could not see to the start yet.
     pub(crate) fn put_started(&self) {
         self.flags.started.store(true, Ordering::Release);
+    }
+
+    /// From now on the worker that this wakes is told of a call that is given.
+    pub(crate) fn wakes(&self, bell: &Arc<Bell>) {
+        self.flags.bell.get_or_init(|| Arc::clone(bell));
+    }
+
+    /// Whether the driver is to be called for what it may not have been told: a call was given since this was last
+    /// asked. Before that somebody else may have been called (QEMU itself while it starts a ring) or nobody (by a daemon
+    /// that died between the used ring and the call), and with `EVENT_IDX` the next answer would not make up for it.
+    /// Asked with the ring locked: a worker that does not see the flag here has its bell rung.
+    pub(crate) fn owes_call(&self) -> bool {
+        self.flags.call_is_new.load(Ordering::Acquire) && self.flags.call_is_new.swap(false, Ordering::AcqRel)
     }
 
     /// Calls the driver; `state` is this vring's, locked. A call whose count is full is not waited for: the driver has
@@ -164,7 +182,11 @@ impl VringT<SharedMemory> for Vring {
         let flags = file.as_ref().map(fcntl_getfl);
         let waits = flags.is_some_and(|flags| flags.is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK)));
         self.flags.call_waits.store(waits, Ordering::Release);
+        self.flags.call_is_new.store(true, Ordering::Release);
         self.inner.set_call(file);
+        if let Some(bell) = self.flags.bell.get() {
+            bell.ring();
+        }
     }
 
     fn set_err(&self, file: Option<File>) {

@@ -205,6 +205,11 @@ impl Worker {
         if !state.is_enabled() || !state.get_queue().ready() || self.state.is_closing() {
             return Popped::Blocked;
         }
+        if vring.owes_call()
+            && let Err(error) = vring.call(&state)
+        {
+            self.complaints.ring("could not call the driver", &error);
+        }
         let queue = state.get_queue_mut();
         if vring.take_started()
             && let Err(error) = self.start(queue)

@@ -107,6 +107,26 @@ fn what_was_answered_last_is_not_answered_again() {
     assert_eq!(front_end.used(0, SOON), Some((0, 1)));
 }
 
+/// The answer had reached the used ring, and the daemon was killed before it called the driver, which waits for that call
+/// alone. Or QEMU itself was called while it started the ring: it gives the driver's call last.
+#[test]
+fn a_call_that_is_new_is_used_for_what_the_driver_may_not_know() {
+    let (served, _) = Served::memory(MIB, 1);
+    let mut front_end = tracked(&served);
+    flush(&front_end, 0);
+    front_end.offer(0, 0);
+    assert_eq!(front_end.used(0, SOON), Some((0, 1)));
+    front_end.disconnect();
+    served.wait_sessions(1);
+    while front_end.is_called(0, Duration::ZERO) {}
+    front_end.reconnect(&served.socket).unwrap();
+    assert!(front_end.is_called(0, SOON), "a driver that waits for its answer waits for ever");
+    for _ in 0..20 {
+        front_end.replace_call(0);
+        assert!(front_end.is_called(0, SOON), "what was told to another was told to nobody");
+    }
+}
+
 /// A restart of the daemon while the host's disk is full: the guest had an error of it.
 #[test]
 fn requests_that_wait_for_the_host_wait_for_the_next_session() {
