@@ -102,7 +102,9 @@ impl Device {
     /// what this guest had set, in the life of another process maybe.
     pub(crate) fn set_record(&self, file: OwnedFd, shape: Shape) -> Result<()> {
         let record = Arc::new(Record::map(file, shape, self.queues.len())?);
+        // From here on it may be touched.
         self.maps.keep(&record)?;
+        record.check()?;
         match record.writeback() {
             Some(on) => self.cache.set_writeback(on),
             None => record.set_writeback(self.cache.field()),

@@ -119,33 +119,38 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    /// Maps what a front-end has given. [`ErrorKind::InvalidInput`] if it is too small, or of a kind that we do not know.
+    /// Maps what a front-end has given, and does not touch it yet: it must be guarded before. [`ErrorKind::InvalidInput`]
+    /// if it is too small, or too large.
     pub(crate) fn map(file: OwnedFd, shape: Shape, max_queues: usize) -> Result<Self> {
         shape.check(max_queues)?;
         // The tail may be missing: only our own records have it.
         if shape.size < shape.cache_at() as u64 || shape.size > shape.needed() as u64 * 2 + (1 << 20) {
             return Err(invalid(format!("an in-flight record of {} bytes", shape.size)));
         }
-        let file = FileOffset::new(file.into(), shape.offset);
-        if !is_within(&file, shape.size) {
+        if !is_within(&file, shape.offset, shape.size) {
             return Err(invalid("an in-flight record that is longer than its file".to_owned()));
         }
+        let file = FileOffset::new(file.into(), shape.offset);
         let region = MmapRegion::from_file(file, shape.size as usize)
             .map_err(|error| invalid(format!("an in-flight record that can not be mapped: {error}")))?;
-        let record = Self { region, shape };
-        for queue in 0..usize::from(shape.queues) {
-            let at = queue * shape.stride();
+        Ok(Self { region, shape })
+    }
+
+    /// [`ErrorKind::InvalidInput`] if it is of a kind that we do not know.
+    pub(crate) fn check(&self) -> Result<()> {
+        for queue in 0..usize::from(self.shape.queues) {
+            let at = queue * self.shape.stride();
             let (features, version) =
-                (record.load::<AtomicU64>(at + FEATURES_AT), record.load16(at + VERSION_AT));
+                (self.load::<AtomicU64>(at + FEATURES_AT), self.load16(at + VERSION_AT));
             let known =
-                version == 0 || (version, record.load16(at + DESC_NUM_AT)) == (VERSION, shape.queue_size);
+                version == 0 || (version, self.load16(at + DESC_NUM_AT)) == (VERSION, self.shape.queue_size);
             if features != 0 || !known {
                 return Err(invalid(format!(
                     "an in-flight record of version {version}, with features {features:#x}"
                 )));
             }
         }
-        Ok(record)
+        Ok(())
     }
 
     /// Where it is mapped: its first address, and its bytes.

@@ -1,7 +1,7 @@
 //! What the framework must not see, or can not do: each message of the front-end's is looked at before it goes on.
 //!
 //! - GET_INFLIGHT_FD and SET_INFLIGHT_FD are answered here.
-//! - Descriptors must be what the message says. Memory is a file with a length, that can be mapped and not more (a
+//! - Descriptors must be what the message says. Memory is a file that is long enough, that can be mapped and not more (a
 //!   device's pages are its driver's); kicks, calls and errors are event descriptors: of others some are always readable,
 //!   so that a worker would never sleep, and some never take a write.
 //! - Copies are kept of the calls and of the back-end's channel.
@@ -16,6 +16,7 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use crate::device::Device;
 use crate::inflight::Shape;
+use crate::maps::is_within;
 use crate::relay::{Message, Verdict};
 use crate::vring::read_now;
 
@@ -35,6 +36,13 @@ mod request {
 /// Bytes of an in-flight description; some front-ends send the padding of their compiler's after it.
 const INFLIGHT_LEN: usize = 20;
 const INFLIGHT_PADDED: usize = 24;
+
+/// A memory table's regions: what is before the first, the bytes of each, and where in it its size is, and its offset in
+/// its file (vhost-user, "Memory region description").
+const REGIONS_AT: usize = 8;
+const REGION: usize = 32;
+const REGION_SIZE_AT: usize = 8;
+const REGION_OFFSET_AT: usize = 24;
 
 /// Where a message of a vring's descriptor has the vring's number.
 const VRING_MASK: u64 = 0xff;
@@ -59,9 +67,7 @@ impl<'a> Inspector<'a> {
                 let features = message.number().unwrap_or_default();
                 self.features = VhostUserProtocolFeatures::from_bits_truncate(features);
             }
-            request::SET_MEM_TABLE | request::ADD_MEM_REG => {
-                message.fds.iter().try_for_each(|fd| refuse(is_memory(fd), "memory that is no file"))?;
-            }
+            request::SET_MEM_TABLE | request::ADD_MEM_REG => check_memory(&message)?,
             request::SET_VRING_KICK | request::SET_VRING_ERR => check_events(&message)?,
             request::SET_VRING_CALL => {
                 check_events(&message)?;
@@ -132,6 +138,24 @@ fn decode(payload: &[u8]) -> Option<Shape> {
 
 fn refuse(sound: bool, story: &str) -> io::Result<()> {
     if sound { Ok(()) } else { Err(io::Error::other(format!("the front-end sent {story}"))) }
+}
+
+/// Each region of a memory table, or the one that is added, with its file. That there are as many of these as of those,
+/// the framework judges.
+fn check_memory(message: &Message) -> io::Result<()> {
+    let regions = message.payload().get(REGIONS_AT..).unwrap_or_default().chunks_exact(REGION);
+    for fd in &message.fds {
+        refuse(is_memory(fd), "memory that is no file")?;
+    }
+    for (fd, region) in message.fds.iter().zip(regions) {
+        let number = |at: usize| region.get(at..)?.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes));
+        let (Some(size), Some(offset)) = (number(REGION_SIZE_AT), number(REGION_OFFSET_AT)) else { continue };
+        refuse(
+            is_within(fd, offset, size),
+            "memory that is longer than its file, or a piece of a huge page",
+        )?;
+    }
+    Ok(())
 }
 
 fn check_events(message: &Message) -> io::Result<()> {

@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::{Context, Error, ErrorKind, Result};
+use block::{Context, Result};
 use rustix::event::{EventfdFlags, eventfd};
-use vm_memory::{FileOffset, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use rustix::fs::{fstat, fstatfs};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::guest::Memory;
 use crate::inflight::Record;
@@ -53,13 +54,8 @@ impl Maps {
         self.gone.as_fd()
     }
 
-    /// The front-end has another memory table. [`ErrorKind::InvalidInput`] if its files are too short for it.
+    /// The front-end has another memory table. Whoever had it mapped has looked at its files ([`is_within`]).
     pub(crate) fn publish(&self, memory: &Memory) -> Result<()> {
-        for region in memory.iter() {
-            if !region.file_offset().is_some_and(|file| is_within(file, region.len())) {
-                return Err(Error::new(ErrorKind::InvalidInput, "memory that is longer than its file"));
-            }
-        }
         let mut kept = self.kept();
         for range in ranges(memory) {
             self.guard(&mut kept, range)?;
@@ -123,11 +119,16 @@ impl Drop for Kept {
     }
 }
 
-/// Whether there are `len` bytes from there on, for now: a file can be shrunk any time.
-pub(crate) fn is_within(file: &FileOffset, len: u64) -> bool {
-    let end = file.start().checked_add(len);
-    let found = file.file().metadata().map(|metadata| metadata.len());
-    matches!((end, found), (Some(end), Ok(found)) if end <= found)
+/// Whether `len` bytes from `start` on can be mapped, and with zeroes in their place later: there are as many, for now (a
+/// file can be shrunk any time), and in whole pages where those are huge. The kernel maps a piece of a huge page as if it
+/// were all of it, and then refuses to put something in that piece's place, or even to unmap it.
+pub(crate) fn is_within(file: impl AsFd, start: u64, len: u64) -> bool {
+    let file = file.as_fd();
+    let (Some(end), Ok(found), Ok(system)) = (start.checked_add(len), fstat(file), fstatfs(file)) else {
+        return false;
+    };
+    let huge = system.f_type == libc::HUGETLBFS_MAGIC;
+    end <= found.st_size.cast_unsigned() && (!huge || len.is_multiple_of(system.f_bsize.cast_unsigned()))
 }
 
 fn ranges(memory: &Memory) -> impl Iterator<Item = (usize, usize)> {
@@ -135,4 +136,37 @@ fn ranges(memory: &Memory) -> impl Iterator<Item = (usize, usize)> {
         let start = region.get_host_address(MemoryRegionAddress(0)).ok()?;
         Some((start.addr(), usize::try_from(region.len()).ok()?))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    const MIB: u64 = 1 << 20;
+
+    fn file(flags: MemfdFlags) -> OwnedFd {
+        let file = memfd_create("memory", flags).unwrap();
+        ftruncate(&file, 4 * MIB).unwrap();
+        file
+    }
+
+    #[test]
+    fn memory_lies_within_its_file() {
+        let file = file(MemfdFlags::CLOEXEC);
+        for (start, len) in [(0, 4 * MIB), (4096, 4 * MIB - 4096), (0, 4097)] {
+            assert!(is_within(&file, start, len), "{len} from {start} on");
+        }
+        for (start, len) in [(0, 4 * MIB + 1), (4096, 4 * MIB), (u64::MAX, 1), (1, u64::MAX)] {
+            assert!(!is_within(&file, start, len), "{len} from {start} on");
+        }
+    }
+
+    /// A piece of a huge page could not be replaced when its file was shrunk: the signal was the end of all disks.
+    #[test]
+    fn huge_pages_are_mapped_whole() {
+        let file = file(MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
+        assert!(is_within(&file, 0, 4 * MIB) && is_within(&file, 2 * MIB, 2 * MIB));
+        assert!(!is_within(&file, 0, 3 * MIB) && !is_within(&file, 0, 4096));
+    }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use frazil_tests::{Driver, FrontEnd, Request};
 use hostio::Cache;
 use rustix::fs::{MemfdFlags, memfd_create};
+use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::served::{MIB, Served};
@@ -105,6 +106,24 @@ fn a_record_that_is_gone_costs_the_session() {
     read(&mut front_end);
     served.wait_sessions(1);
     drop(front_end);
+    assert_served(&served, &mut neighbour);
+}
+
+/// Huge pages that the host does not have: the first look at the record is a signal.
+#[test]
+fn a_record_that_never_comes_costs_the_session() {
+    const HUGE: u64 = 2 << 20;
+    let (served, _) = Served::memory(MIB, 64);
+    let (other, _) = Served::memory(MIB, 1);
+    let mut neighbour = Driver::connect(&other.socket, 1, 1, 4096).unwrap();
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let huge = File::from(memfd_create("huge", flags).unwrap());
+    huge.set_len(HUGE).unwrap();
+    let mut front_end = FrontEnd::connect(&served.socket, 1, 0).unwrap();
+    // The session may end before it answers.
+    let _ = front_end.set_record(VhostUserInflight::new(HUGE, 0, 64, 1024), huge);
+    drop(front_end);
+    served.wait_sessions(1);
     assert_served(&served, &mut neighbour);
 }
 
