@@ -76,16 +76,17 @@ pub(crate) fn run(config: Config) -> Result<()> {
     let ids = config.disks.iter().map(|disk| disk.id.clone());
     let notifiers = ids.zip(devices.iter().map(Server::notifier)).collect();
     let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, sockets, notifiers, confinement, stop));
-    let listener = match passed {
-        Some(socket) => Listener::inherited(socket).context(|| "take the control socket of systemd")?,
-        None => Listener::bind(&config.control)?,
-    };
-    let mut control = control::Server::start(listener, Arc::clone(&daemon) as _, manager.subscribe())?;
     let metrics = config
         .metrics
         .as_ref()
         .map(|address| Metrics::start(address, Arc::clone(&daemon) as _, manager.subscribe()));
     let metrics = metrics.transpose()?;
+    // Last: whoever finds it finds all the rest.
+    let listener = match passed {
+        Some(socket) => Listener::inherited(socket).context(|| "take the control socket of systemd")?,
+        None => Listener::bind(&config.control)?,
+    };
+    let mut control = control::Server::start(listener, Arc::clone(&daemon) as _, manager.subscribe())?;
     info!(disks = config.disks.len(), control = %config.control.display(), "serving");
     tell_systemd(&[NotifyState::Ready]);
 
