@@ -1,8 +1,8 @@
 //! `frazil top`: what the disks do just now, live in the terminal.
 //!
 //! Two looks at the daemon's counts make a sample; the first is taken at once and shows nothing yet. On a terminal the
-//! table is drawn over the one before, by the two escapes that every terminal of the last decades knows; elsewhere, and
-//! where `TERM` is `dumb`, each sample is printed beneath the last.
+//! table is drawn over the one before, by escapes that every terminal of the last decades knows, or printed beneath it where
+//! `TERM` is `dumb`; elsewhere there is one sample.
 
 use std::io::{self, IsTerminal};
 use std::thread;
