@@ -1,7 +1,7 @@
 //! The daemon's own sandbox: which part of the file system it needs, and what clients are told of it.
 
 use std::fs::DirBuilder;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use block::{Context, Error, ErrorKind, Result};
@@ -14,8 +14,34 @@ use crate::config::{Config, MetricsAddress, SandboxMode};
 #[derive(Debug, Default)]
 pub(super) struct Confinement {
     pub(super) state: Confined,
-    /// Where clients may have it work, with all links followed; `None` if that is everywhere.
-    folders: Option<Vec<PathBuf>>,
+    /// Where clients may have it work; `None` if that is everywhere.
+    folders: Option<Vec<Folder>>,
+}
+
+/// A folder, or a single file, that the kernel lets the daemon use. It knows it by what was there at the start, not by
+/// its name.
+#[derive(Debug)]
+struct Folder {
+    /// All links followed.
+    path: PathBuf,
+    /// Its device and inode; `None` if it was not there.
+    was: Option<(u64, u64)>,
+}
+
+impl Folder {
+    fn new(path: &Path) -> Self {
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        Self { was: identity(&path), path }
+    }
+
+    /// Whether it is still the one that was there.
+    fn is_known(&self) -> bool {
+        self.was.is_some() && self.was == identity(&self.path)
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    path.metadata().ok().map(|found| (found.dev(), found.ino()))
 }
 
 impl Confinement {
@@ -31,7 +57,13 @@ impl Confinement {
             SandboxMode::Seccomp => (false, true),
         };
         let reach = reach(config);
-        let folders = reach.own.iter().filter_map(|folder| folder.canonicalize().ok()).collect();
+        let folders: Vec<_> = reach.own.iter().map(|path| Folder::new(path)).collect();
+        for missing in config.target_folders.iter().filter(|folder| !folder.exists()) {
+            let folder = missing.display();
+            warn!(
+                "the target folder {folder} is not there: once it is, the daemon must be started again to use it"
+            );
+        }
         let sandbox = Sandbox { reach: landlock.then_some(reach), filter };
         let state = confine(&sandbox).context(|| "begin the sandbox")?;
         state.complaints.iter().for_each(|complaint| warn!("{complaint}; the daemon runs without it"));
@@ -44,17 +76,24 @@ impl Confinement {
     /// say so in words.
     pub(super) fn check(&self, path: &Path) -> Result<()> {
         let Some(folders) = &self.folders else { return Ok(()) };
+        let path = std::path::absolute(path)?;
         let found = path.canonicalize().or_else(|_| path.parent().unwrap_or(Path::new("/")).canonicalize());
         // A folder that is not there is told by whoever needs it.
         let Ok(found) = found else { return Ok(()) };
-        if folders.iter().any(|folder| found.starts_with(folder)) {
-            return Ok(());
-        }
-        let story = format!(
-            "{} lies outside of the folders that this daemon may use: name its folder in target-folders \
-             (--target-folder) when it is started",
-            path.display()
-        );
+        let named: Vec<_> = folders.iter().filter(|folder| found.starts_with(&folder.path)).collect();
+        let path = path.display();
+        let story = match named.first() {
+            _ if named.iter().any(|folder| folder.is_known()) => return Ok(()),
+            Some(folder) => format!(
+                "{path} lies in {}, which was made or mounted after this daemon was started: start it again, which \
+                 guests do not notice",
+                folder.path.display()
+            ),
+            None => format!(
+                "{path} lies outside of the folders that this daemon may use: name its folder in target-folders \
+                 (--target-folder) when it is started"
+            ),
+        };
         Err(Error::new(ErrorKind::InvalidInput, story))
     }
 }
@@ -95,7 +134,7 @@ mod tests {
     #[test]
     fn what_lies_elsewhere_is_refused_in_words_that_name_the_key() {
         let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let folders = Some(vec![inside.path().canonicalize().unwrap()]);
+        let folders = Some(vec![Folder::new(inside.path())]);
         let confinement = Confinement { state: Confined::default(), folders };
         confinement.check(&inside.path().join("new")).unwrap();
         std::os::unix::fs::symlink(outside.path(), inside.path().join("link")).unwrap();
@@ -104,5 +143,22 @@ mod tests {
             assert!(error.to_string().contains("--target-folder"), "{}: {error}", path.display());
         }
         Confinement::default().check(&outside.path().join("new")).unwrap();
+    }
+
+    /// The kernel goes by what was there when the rules were made, and says no more than "Permission denied".
+    #[test]
+    fn a_folder_that_has_come_since_is_told_apart() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("backup");
+        let check = |folders| Confinement { state: Confined::default(), folders }.check(&folder.join("x"));
+        let early = Some(vec![Folder::new(&folder)]);
+        std::fs::create_dir(&folder).unwrap();
+        assert!(check(early).unwrap_err().to_string().contains("start it again"));
+        let known = || Some(vec![Folder::new(&folder)]);
+        check(known()).unwrap();
+        let before = known();
+        std::fs::rename(&folder, root.path().join("old")).unwrap();
+        std::fs::create_dir(&folder).unwrap();
+        assert!(check(before).unwrap_err().to_string().contains("start it again"));
     }
 }
