@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use block::{
@@ -34,6 +35,13 @@ pub const DEFAULT_METADATA_CACHE: u64 = 64 << 20;
 
 /// Bytes that the map of a snapshot that is read takes at most, for all who read it.
 const MAX_VIEW_BYTES: u64 = 16 << 20;
+
+/// How long images are waited for that another process has: one that was killed holds them, locks and all, until the
+/// kernel has ended what its io_urings had in flight, some time after the process itself is gone.
+pub(crate) const LET_GO: Duration = Duration::from_secs(1);
+
+/// Between two looks at them.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// How the images of a disk are opened.
 #[derive(Clone, Copy, Debug)]

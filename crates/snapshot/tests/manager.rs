@@ -7,10 +7,11 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use block::ErrorKind;
-use hostio::Cache;
+use hostio::{Cache, HostFile, Open};
 use snapshot::{
     AllowedFolders, CreateRequest, DiskConfig, Event, FreezeDefaults, FreezePolicy, Grade, ImageFormat,
     Manager,
@@ -88,6 +89,34 @@ fn one_process_a_state_directory_and_one_base_a_disk() {
         None,
     );
     assert!(opened.err().unwrap().to_string().contains("base-vda.raw"));
+}
+
+/// One that was killed has them a moment longer than it lives; one that lives keeps them.
+#[test]
+fn images_that_another_process_has_are_waited_for_and_not_for_long() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    snapshot(&manager, "one");
+    manager.shut_down().unwrap();
+    let active = manager.disks()[0].layers[1].path.clone();
+    drop(manager);
+    let hold = || HostFile::open(&active, Open { writable: true, cache: Cache::Writeback }).unwrap();
+    let held = hold();
+    let begin = Instant::now();
+    let killed = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(200));
+        drop(held);
+    });
+    drop(bench.open());
+    assert!(begin.elapsed() >= Duration::from_millis(200));
+    killed.join().unwrap();
+    let _held = hold();
+    let (begin, folders) = (Instant::now(), AllowedFolders::default());
+    let opened = Manager::open(&bench.path("state"), &bench.disks, folders, FreezeDefaults::default(), None);
+    let error = opened.err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("in use by another process"), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(10), "it is not waited for as long as it lives");
 }
 
 #[test]

@@ -1,17 +1,18 @@
 //! `kill -9` under load. The guest lives on, as one does whose front-end keeps a record of what is in flight: every request
 //! is answered once, without an error, and whatever was acknowledged is there, flushed or not.
 //!
-//! Some kills come while snapshots are taken, others while they are deleted, layers are merged, dirty bitmaps come and go,
-//! a backup runs. `KILLS` in the environment says how many each test takes; `make kills` gives it.
+//! Some kills come while snapshots are taken, others while the guest is frozen for one, snapshots are deleted, layers are
+//! merged, dirty bitmaps come and go, a backup runs. After each the guest is thawed. `KILLS` in the environment says how many each test takes; `make kills` gives it.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use control::client::Client;
+use control::client::{Client, ClientError};
 use serde_json::{Value, json};
 
+use crate::agent::FakeAgent;
 use crate::guest::Guest;
 use crate::images::{check_sound, same};
 use crate::ledger::{Clock, Cut, Ledger, prove};
@@ -39,14 +40,24 @@ const LATEST: Duration = Duration::from_millis(120);
 enum Deed {
     Nothing,
     Snapshots,
+    Freezes,
     Deletes,
-    Merges,
+    Commits,
+    Streams,
     Bitmaps,
     Backup,
 }
 
-const DEEDS: [Deed; 6] =
-    [Deed::Snapshots, Deed::Deletes, Deed::Merges, Deed::Bitmaps, Deed::Backup, Deed::Nothing];
+const DEEDS: [Deed; 8] = [
+    Deed::Snapshots,
+    Deed::Commits,
+    Deed::Freezes,
+    Deed::Deletes,
+    Deed::Streams,
+    Deed::Bitmaps,
+    Deed::Backup,
+    Deed::Nothing,
+];
 
 /// What was asked for: the cuts, and how many commands were carried out. The last one may be missing: its answer is.
 #[derive(Default)]
@@ -58,25 +69,32 @@ struct Done {
 struct Drill {
     served: Served,
     clock: Arc<Clock>,
+    agent: FakeAgent,
     guests: Vec<Guest>,
     /// The snapshots that there are, oldest first.
     cuts: Vec<Cut>,
     /// Snapshots that were asked to be deleted: some are gone, some will be.
     condemned: BTreeSet<String>,
     restarts: Vec<Duration>,
+    /// Kills that left the guest frozen.
+    frozen: usize,
     size: usize,
 }
 
 impl Drill {
     fn start(format: &'static str, cache: &'static str, size: usize, mix: Mix) -> Self {
         let bytes = (size * PLACES * QUEUES) as u64;
-        let served = Served::start(Wanted { format, cache, disks: DISKS, queues: QUEUES, bytes });
+        let mut served = Served::start(Wanted { format, cache, disks: DISKS, queues: QUEUES, bytes });
+        let socket = served.path("agent");
+        let agent = FakeAgent::start(&socket);
+        served.restart_with(&["--agent", socket.to_str().unwrap()]);
         let clock = Arc::new(Clock::new());
         let ledgers = || (0..QUEUES).map(|queue| Ledger::new(size, queue, QUEUES, PLACES)).collect();
         let start = |socket| Guest::start(socket, ledgers(), mix, &clock);
         let guests = served.sockets.iter().map(|socket| start(socket)).collect();
         let cuts = vec![served.snapshot("first", &clock)];
-        Self { served, clock, guests, cuts, condemned: BTreeSet::new(), restarts: Vec::new(), size }
+        let (condemned, restarts) = (BTreeSet::new(), Vec::new());
+        Self { served, clock, agent, guests, cuts, condemned, restarts, frozen: 0, size }
     }
 
     /// Has something under way, and kills the daemon in its midst.
@@ -93,16 +111,38 @@ impl Drill {
         });
         // A multiplier that has no factor in common with the modulus: each moment comes once, in no order.
         thread::sleep(LATEST * (kill as u32 * 37 % 101 + 1) / 101);
+        if matches!(deed, Deed::Freezes) {
+            self.agent.wait_until(true, Instant::now() + SOON);
+        }
         self.served.kill();
+        self.frozen += usize::from(self.agent.is_frozen());
         let done = doer.join().unwrap();
-        let layers =
-            self.served.ids().into_iter().flat_map(|id| self.served.layers(&id).into_iter().rev().take(3));
-        layers.filter(|(_, format)| format == "qcow2").for_each(|(path, _)| check_sound(&path));
+        // At once each second time: what was killed may still hold the images then.
+        if kill.is_multiple_of(2) {
+            self.check_images();
+        }
         let begin = Instant::now();
         self.served.restart();
         self.wait_for_guests(begin);
+        self.wait_for_thaw(begin + SOON);
         self.check_names(done.cuts);
         done.commands
+    }
+
+    /// The guest is thawed by itself, and the daemon knows that it is.
+    fn wait_for_thaw(&self, deadline: Instant) {
+        self.agent.wait_until(false, deadline);
+        while self.served.path("state/thaw-owed.json").exists() {
+            assert!(Instant::now() < deadline, "a thaw is owed, and the guest is thawed");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The newest images are sound but for what leaked.
+    fn check_images(&self) {
+        let layers =
+            self.served.ids().into_iter().flat_map(|id| self.served.layers(&id).into_iter().rev().take(3));
+        layers.filter(|(_, format)| format == "qcow2").for_each(|(path, _)| check_sound(&path));
     }
 
     /// Names for what the deed deals with: snapshots to be deleted, files to be written.
@@ -118,6 +158,14 @@ impl Drill {
                 let file = self.served.path(&format!("backup{kill}.raw"));
                 std::fs::File::create(&file).unwrap().set_len((self.size * PLACES * QUEUES) as u64).unwrap();
                 vec![file.to_str().unwrap().to_owned()]
+            }
+            Deed::Commits | Deed::Streams => {
+                // Two layers that hold no snapshot: what a snapshot leaves that is gone, and the active one.
+                let name = format!("spare{kill}");
+                self.served.ask("snapshot-create", json!({ "name": name }));
+                self.served.ask("snapshot-delete", json!({ "name": name }));
+                self.wait_for_jobs();
+                Vec::new()
             }
             _ => Vec::new(),
         }
@@ -197,12 +245,15 @@ impl Drill {
         let again: usize =
             again.filter_map(|line| line.split("requests=").nth(1)?.trim().parse::<usize>().ok()).sum();
         println!(
-            "{} kills, {again} requests submitted again, served again after {:?} (median), {:?} (longest)",
+            "{} kills, {} of them with the guest frozen; {again} requests submitted again; served again after {:?} \
+             (median), {:?} (longest)",
             restarts.len(),
+            self.frozen,
             restarts[restarts.len() / 2],
             restarts[restarts.len() - 1],
         );
         assert!(again > 0, "nothing was in flight at any kill");
+        assert!(self.frozen > 0, "the guest was frozen at no kill");
     }
 }
 
@@ -220,17 +271,19 @@ impl Deed {
         let mut ask = |command: &str, arguments: Value| client.execute(command, arguments, |_, _| {}).is_ok();
         match self {
             Self::Nothing => false,
-            Self::Snapshots => {
-                let (name, asked) = (format!("k{kill}n{number}"), clock.now());
-                let taken = ask("snapshot-create", json!({ "name": name }));
+            Self::Snapshots | Self::Freezes => {
+                let freezes = matches!(self, Self::Freezes);
+                let (name, at) = (format!("k{kill}n{number}"), clock.now());
+                let freeze = if freezes { "require" } else { "never" };
+                let taken = ask("snapshot-create", json!({ "name": name, "freeze": freeze }));
                 // Killed before the answer: the cut was at any time until now, if it was.
-                done.cuts.push(Cut { name, asked, answered: clock.now() });
-                taken && number < KEPT
+                done.cuts.push(Cut { name, asked: at, answered: clock.now() });
+                taken && (freezes || number < KEPT)
             }
             Self::Deletes => {
                 targets.get(number).is_some_and(|name| ask("snapshot-delete", json!({ "name": name })))
             }
-            Self::Merges => ask("block-stream", json!({ "device": "vd1", "job-id": "merge" })),
+            Self::Commits | Self::Streams => merges(client, matches!(self, Self::Commits)).is_ok(),
             Self::Bitmaps => {
                 let bitmap =
                     json!({ "node": "vd0", "name": format!("k{kill}n{number}"), "persistent": true });
@@ -247,6 +300,28 @@ impl Deed {
             }
         }
     }
+}
+
+/// Merges what of disk `vd1` holds no snapshot, the active layer too, into the lowest or the highest of it, to the end.
+fn merges(client: &mut Client, down: bool) -> Result<(), ClientError> {
+    let mut ask = |command: &str, arguments| client.execute(command, arguments, |_, _| {});
+    let nodes = ask("query-named-block-nodes", json!({}))?;
+    // The newest first.
+    let names = nodes.as_array().unwrap().iter().map(|node| node["node-name"].as_str().unwrap().to_owned());
+    let names: Vec<_> = names.filter(|name| name.starts_with("vd1.")).collect();
+    let job = json!({ "device": "vd1", "job-id": "merge" });
+    let with = |more: Value| {
+        let words = job.as_object().unwrap().clone().into_iter().chain(more.as_object().unwrap().clone());
+        Value::Object(words.collect())
+    };
+    match down {
+        true => ask("block-commit", with(json!({ "base-node": names[1], "auto-complete": true })))?,
+        false => ask("block-stream", with(json!({ "base-node": names[2] })))?,
+    };
+    while ask("query-jobs", json!({}))? != json!([]) {
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
 }
 
 /// Kills the daemon again and again.

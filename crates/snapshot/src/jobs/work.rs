@@ -20,7 +20,7 @@ use super::plan::{Segment, doomed, plan, replan};
 use super::record::{Direction, JobRecord, Move, Task};
 use super::world::World;
 use crate::group::Served;
-use crate::layer::{Access, JOB_TABLE_BYTES, Layer, MAX_PENDING};
+use crate::layer::{Access, JOB_TABLE_BYTES, LET_GO, LOOK_AGAIN, Layer, MAX_PENDING};
 use crate::manifest::Manifest;
 use crate::marks::Draft;
 use crate::model::Grade;
@@ -190,9 +190,18 @@ impl<'a> Work<'a> {
         Ok(bytes.1)
     }
 
-    fn open_target(&self, part: &Part) -> Result<()> {
-        let access = Access::Job { journals: self.world.store.journals() };
-        part.target()?.begin_writing(part.disk(), JOB_TABLE_BYTES, access)
+    /// A job that goes on after a kill may find the image still held by the process that was killed.
+    fn open_target(&self, part: &Part) -> Done<()> {
+        let deadline = Instant::now() + LET_GO;
+        loop {
+            let access = Access::Job { journals: self.world.store.journals() };
+            match part.target()?.begin_writing(part.disk(), JOB_TABLE_BYTES, access) {
+                Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                    self.job.wait(LOOK_AGAIN)?;
+                }
+                opened => return Ok(opened?),
+            }
+        }
     }
 
     /// Writes down what is about to be done, before the first byte of it, and what the layers tell of changes that they will

@@ -11,10 +11,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Instant;
 
 use block::{Closed, Context, Error, ErrorKind, Result, Stats, WriteErrors};
 use hostio::Cache;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::backing::AllowedFolders;
 use crate::chain::Chain;
@@ -24,7 +26,7 @@ use crate::events::Bus;
 use crate::group::Served;
 use crate::housekeeping::{Duties, Housekeeping, growth_folders};
 use crate::jobs::{Jobs, Readers, World};
-use crate::layer::{Layer, Opening};
+use crate::layer::{LET_GO, LOOK_AGAIN, Layer, Opening};
 use crate::marks::Marks;
 use crate::model::{DiskStatus, Event, FreezeOwner, FreezePolicy, ImageFormat};
 use crate::store::Store;
@@ -104,6 +106,10 @@ pub struct Manager {
 impl Manager {
     /// Opens the state directory and the disks' chains, to serve them. `guest` is the way to the agent, if there is
     /// one; a thaw that an earlier run owed is tried at once. Base images may name files in `folders`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if another process has the state directory, or has images of it for longer than a killed one
+    /// may: a second in all.
     pub fn open(
         state: &Path,
         disks: &[DiskConfig],
@@ -112,9 +118,9 @@ impl Manager {
         guest: Option<Box<dyn Guest>>,
     ) -> Result<Self> {
         let store = Arc::new(Store::open(state, folders)?);
-        let mut served = BTreeMap::new();
+        let (mut served, deadline) = (BTreeMap::new(), Instant::now() + LET_GO);
         for disk in disks {
-            let chain = Arc::new(open_chain(&store, disk)?);
+            let chain = Arc::new(open_when_free(&store, disk, deadline)?);
             let max_overlays = disk.max_overlays;
             served.insert(disk.id.clone(), Served { chain, how: disk.opening(), max_overlays });
         }
@@ -234,6 +240,22 @@ impl Manager {
         let folders = growth_folders(&self.store, self.disks.values());
         let free = folders.iter().map(|folder| hostio::free_space(folder));
         free.reduce(|least, free| Ok(least?.min(free?))).unwrap_or(Ok(0))
+    }
+}
+
+/// [`open_chain`], again and again until `deadline` while another process has one of its images.
+fn open_when_free(store: &Store, disk: &DiskConfig, deadline: Instant) -> Result<Chain> {
+    let mut is_told = false;
+    loop {
+        match open_chain(store, disk) {
+            Err(error) if error.kind() == ErrorKind::Busy && Instant::now() < deadline => {
+                if !std::mem::replace(&mut is_told, true) {
+                    info!(%error, "waiting for images to be let go of");
+                }
+                thread::sleep(LOOK_AGAIN);
+            }
+            opened => return opened,
+        }
     }
 }
 
