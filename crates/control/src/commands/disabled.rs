@@ -8,11 +8,17 @@ use crate::error::CommandError;
 
 const SNAPSHOT: &str = "overlays lie in the state directory and are Frazil's own: use snapshot-create, which cuts all disks at once";
 
+const MIRROR: &str =
+    "a disk can not be moved to another image while it is served: copy it with blockdev-backup";
+
 const DISABLED: &[(&str, &str)] = &[
     ("blockdev-snapshot", SNAPSHOT),
     ("blockdev-snapshot-sync", SNAPSHOT),
     ("blockdev-snapshot-internal-sync", "there are no internal snapshots: use snapshot-create"),
     ("blockdev-snapshot-delete-internal-sync", "there are no internal snapshots: use snapshot-delete"),
+    ("blockdev-mirror", MIRROR),
+    ("drive-mirror", MIRROR),
+    ("blockdev-reopen", "nodes stay as they were opened: use blockdev-del and blockdev-add"),
     ("change-backing-file", "each image names the one beneath it, and jobs keep that true"),
     ("system_powerdown", "Frazil serves disks and has no machine: ask the guest's QEMU"),
     ("system_reset", "Frazil serves disks and has no machine: ask the guest's QEMU"),
