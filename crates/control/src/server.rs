@@ -54,20 +54,22 @@ impl Server {
     }
 
     /// Takes no more clients and no more commands, removes the socket, and waits up to `grace` for the commands that
-    /// run to be answered. Clients that are left then are cut off; a command that runs still ends in its own time.
-    pub fn stop(&mut self, grace: Duration) {
+    /// run to be answered. Clients that are left then are cut off; a command that runs still ends in its own time. All
+    /// clients are told `last`, if it is given.
+    pub fn stop(&mut self, last: Option<&Event>, grace: Duration) {
         // Not by shutting the listener down: one that was passed on is to be used again.
         let Some((wake, accepting)) = self.accepting.take() else { return };
         drop(wake);
         // Its panic, if any, was reported when it happened.
         let _ = accepting.join();
+        last.and_then(line).iter().for_each(|line| self.clients.send(line));
         self.clients.stop(grace);
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.stop(Duration::ZERO);
+        self.stop(None, Duration::ZERO);
     }
 }
 

@@ -43,5 +43,5 @@ pub use marks::{
 };
 pub use model::{
     CreateRequest, DiskLayer, DiskStatus, ErrorAction, Event, FreezeOwner, FreezePolicy, Grade, ImageFormat,
-    IoOperation, SnapshotDisk, SnapshotRecord, Step, Timing, millis,
+    IoOperation, ShutdownCause, SnapshotDisk, SnapshotRecord, Step, Timing, millis,
 };

@@ -320,6 +320,13 @@ pub enum Event {
     Stopped {},
     /// `RESUME`, QEMU's: they go on.
     Resumed {},
+    /// `SHUTDOWN`, QEMU's: the daemon ends.
+    Shutdown {
+        /// Whether the guest asked for it: never.
+        guest: bool,
+        /// Who did.
+        reason: ShutdownCause,
+    },
     /// `FRAZIL_SNAPSHOT_EXPIRED`: a snapshot is being deleted, for a disk has too many overlays.
     Expired {
         /// The snapshot's name.
@@ -329,6 +336,16 @@ pub enum Event {
         /// How many there are, and how many there may be.
         reason: String,
     },
+}
+
+/// Why the daemon ends.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShutdownCause {
+    /// A client asked for it.
+    HostQmpQuit,
+    /// A signal, such as SIGTERM.
+    HostSignal,
 }
 
 impl Event {
@@ -353,6 +370,7 @@ impl Event {
             Self::ExportDeleted { .. } => "BLOCK_EXPORT_DELETED",
             Self::Stopped {} => "STOP",
             Self::Resumed {} => "RESUME",
+            Self::Shutdown { .. } => "SHUTDOWN",
             Self::Expired { .. } => "FRAZIL_SNAPSHOT_EXPIRED",
         }
     }

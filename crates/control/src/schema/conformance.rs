@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use serde_json::json;
 use snapshot::{
-    CreateRequest, ErrorAction, Event, IoOperation, JobEnd, JobStatus, JobType, SnapshotRecord, Step,
+    CreateRequest, ErrorAction, Event, IoOperation, JobEnd, JobStatus, JobType, ShutdownCause,
+    SnapshotRecord, Step,
 };
 use time::OffsetDateTime;
 
@@ -277,6 +278,7 @@ fn plain_events(record: SnapshotRecord) -> Vec<Event> {
         Event::JobPending { r#type: JobType::Backup, id: name(), client: None },
         Event::Stopped {},
         Event::Resumed {},
+        Event::Shutdown { guest: false, reason: ShutdownCause::HostSignal },
     ]
 }
 
@@ -313,6 +315,8 @@ fn the_events_and_their_data_are_the_documented_ones() {
         JobStatus::Null,
     ];
     assert_eq!(enumeration("JobStatus"), json!(statuses));
+    let causes = [ShutdownCause::HostQmpQuit, ShutdownCause::HostSignal];
+    assert_eq!(enumeration("ShutdownCause"), json!(causes));
     events.extend(statuses.map(|status| Event::Job { id: name(), status }));
     let mut seen = BTreeMap::from([(EXPORT_PROGRESS.to_owned(), ()), (EXPORT_READY.to_owned(), ())]);
     for event in &events {
@@ -323,7 +327,7 @@ fn the_events_and_their_data_are_the_documented_ones() {
             Event::SpaceLow { .. } | Event::IoError { .. } | Event::Job { .. } | Event::Expired { .. } => {}
             Event::JobCompleted { .. } | Event::JobCancelled { .. } | Event::JobError { .. } => {}
             Event::JobReady { .. } | Event::JobPending { .. } | Event::ExportDeleted { .. } => {}
-            Event::Stopped {} | Event::Resumed {} => {}
+            Event::Stopped {} | Event::Resumed {} | Event::Shutdown { .. } => {}
         }
         seen.insert(event.name().to_owned(), ());
         conforms(&SCHEMA.events[event.name()], &json!(event), event.name());

@@ -2,7 +2,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
-use snapshot::Step;
+use snapshot::{ShutdownCause, Step};
 use tempfile::TempDir;
 
 use super::*;
@@ -345,10 +345,16 @@ fn stopping_answers_what_runs_and_takes_the_socket_away() {
     thread::scope(|scope| {
         let service = Arc::clone(&rig.service);
         scope.spawn(move || {
+            let told = idle.line().unwrap();
+            assert_eq!(
+                (&told["event"], &told["data"]["reason"]),
+                (&json!("SHUTDOWN"), &json!("host-signal"))
+            );
             assert_eq!(idle.line(), None);
             service.go_on();
         });
-        rig.server.stop(PATIENCE);
+        let last = Event::Shutdown { guest: false, reason: ShutdownCause::HostSignal };
+        rig.server.stop(Some(&last), PATIENCE);
     });
     assert!(!rig.path().exists());
     assert_eq!(busy.reply().unwrap()["return"]["name"], "slow");
@@ -361,7 +367,7 @@ fn stopping_does_not_wait_longer_than_it_is_told() {
     let mut busy = rig.negotiated();
     busy.send(&create("slow"));
     rig.service.wait_for_slow(1);
-    rig.server.stop(Duration::from_millis(50));
+    rig.server.stop(None, Duration::from_millis(50));
     assert_eq!(busy.line(), None);
     rig.service.go_on();
     rig.wait_for_clients(0);

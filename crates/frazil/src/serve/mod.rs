@@ -3,7 +3,7 @@
 //! ```text
 //!   start                                            stop
 //!     the sandbox, before anything is opened
-//!     Manager (state directory, chains, thaw owed)     QMP server: no more commands
+//!     Manager (state directory, chains, thaw owed)     QMP server: SHUTDOWN is told, no more commands
 //!     a vhost-user device a disk                       NBD server: clients are cut off, exports end
 //!     QMP server                                       Manager: the cut under way ends, the guest is thawed
 //!     READY=1 to systemd                               devices: sessions end, rings are drained
@@ -32,7 +32,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use snapshot::{
     AllowedFolders, Chain, DiskConfig, ErrorAction, Event, FreezeDefaults, FreezeOwner, Guest, IoOperation,
-    Manager,
+    Manager, ShutdownCause,
 };
 use tracing::{info, warn};
 use vhost_blk::{DeviceConfig, OnFailure, Server, SessionEvent};
@@ -90,9 +90,9 @@ pub(crate) fn run(config: Config) -> Result<()> {
     info!(disks = config.disks.len(), control = %config.control.display(), "serving");
     tell_systemd(&[NotifyState::Ready]);
 
-    wait(&stopped);
+    let reason = wait(&stopped);
     tell_systemd(&[NotifyState::Stopping]);
-    control.stop(GRACE);
+    control.stop(Some(&Event::Shutdown { guest: false, reason }), GRACE);
     drop((control, metrics));
     daemon.end_exports();
     if let Err(error) = manager.end_changes() {
@@ -188,10 +188,16 @@ fn watch_signals(stop: Sender<Stop>) -> io::Result<()> {
     Ok(())
 }
 
-fn wait(stopped: &Receiver<Stop>) {
+fn wait(stopped: &Receiver<Stop>) -> ShutdownCause {
     match stopped.recv() {
-        Ok(Stop::Signal(signal)) => info!(signal, "stopping"),
-        Ok(Stop::Quit) | Err(_) => info!("stopping, as a client asked"),
+        Ok(Stop::Signal(signal)) => {
+            info!(signal, "stopping");
+            ShutdownCause::HostSignal
+        }
+        Ok(Stop::Quit) | Err(_) => {
+            info!("stopping, as a client asked");
+            ShutdownCause::HostQmpQuit
+        }
     }
 }
 
