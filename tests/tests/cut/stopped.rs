@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -43,7 +43,12 @@ fn while_the_disks_are_stopped_nothing_changes_but_cuts_go_on() {
     served.snapshot("third", &clock);
     assert!(served.export_all("second") != served.export_all("third"));
     load.finish();
-    assert_eq!(served.ask("query-status", json!({}))["status"], "prelaunch");
+    // It sees a little later that the front-end has gone.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while served.ask("query-status", json!({}))["status"] != "prelaunch" {
+        assert!(Instant::now() < deadline, "the front-end is gone");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
