@@ -29,6 +29,7 @@
 //!   wait for requests alone, never for the gate, and not for parked ones: those end with an error then.
 //! - A parked request (see [`block::Parking`]) is in flight for its queue, but not for the gate.
 
+mod answer;
 mod cache;
 mod chain;
 mod complaint;

@@ -23,8 +23,9 @@ use block::{Beat, Disk, Gate, Lane, Parking, Pulse, Result};
 use hostio::Ring;
 use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, Permissions};
+use vm_memory::{GuestAddress, GuestAddressSpace, Permissions};
 
+use crate::answer::answer;
 use crate::cache::CacheMode;
 use crate::chain::{Chain, Table};
 use crate::complaint::Complaints;
@@ -242,14 +243,14 @@ impl Worker {
         let mut offered = queue.iter(memory)?;
         let (mut blocked, all) = (false, waiting + self.again.len());
         while self.popped.len() < BATCH.min(all) {
-            blocked = self.free.is_empty() || !self.lane.enter();
-            if blocked {
+            let Some(index) = self.free.pop_if(|_| self.lane.enter()) else {
+                blocked = true;
                 break;
-            }
+            };
             let again = self.again.pop_front();
-            let head = again.or_else(|| offered.next().map(|chain| chain.head_index()));
-            let (Some(head), Some(index)) = (head, self.free.pop()) else {
+            let Some(head) = again.or_else(|| offered.next().map(|chain| chain.head_index())) else {
                 // The ring has shrunk, or is not all in memory.
+                self.free.push(index);
                 self.lane.leave(1);
                 blocked = true;
                 break;
@@ -431,31 +432,6 @@ impl Worker {
     }
 }
 
-/// Writes the used ring entries of these requests, and calls the driver if it wants to be.
-fn answer<'a>(
-    vring: &Vring,
-    memory: &Memory,
-    record: Option<&QueueRecord>,
-    ended: impl Iterator<Item = &'a Slot>,
-    complaints: &mut Complaints,
-) {
-    let mut state = vring.get_mut();
-    let queue = state.get_queue_mut();
-    for slot in ended {
-        let len = write_status(slot);
-        record.inspect(|record| record.answering(slot.head));
-        match queue.add_used(memory, slot.head, len) {
-            Ok(()) => drop(record.inspect(|record| record.answered(slot.head, queue.next_used()))),
-            Err(error) => complaints.ring("could not write to the used ring", &error),
-        }
-    }
-    if queue.needs_notification(memory).unwrap_or(true)
-        && let Err(error) = vring.call(&state)
-    {
-        complaints.ring("could not call the driver", &error);
-    }
-}
-
 /// Makes a slot of a request.
 fn fill(slot: &mut Slot, head: u16, request: &Request, segments: &Segments, hold: &Hold) {
     let access = if matches!(request.op, Op::Write(_)) { Permissions::Read } else { Permissions::Write };
@@ -464,16 +440,6 @@ fn fill(slot: &mut Slot, head: u16, request: &Request, segments: &Segments, hold
     slot.head = head;
     slot.status_at = request.status;
     slot.written = 0;
-}
-
-/// Writes the status byte, and returns how many bytes of the chain were written in all: none if the status could not
-/// be, for then the driver must not trust the rest.
-fn write_status(slot: &Slot) -> u32 {
-    let written = match (slot.status_at, slot.buffer.memory()) {
-        (Some(addr), Some(memory)) => memory.write_obj(slot.status as u8, addr).is_ok(),
-        _ => false,
-    };
-    if written { slot.written.saturating_add(1) } else { 0 }
 }
 
 #[cfg(test)]

@@ -44,6 +44,13 @@ fn flush(front_end: &FrontEnd, head: u16) {
     front_end.descriptors(0, head, &[(at, 16, NEXT, head + 1), (at + 16, 1, WRITE, 0)]);
 }
 
+/// Offers such a flush, and sees it answered.
+fn carried_out(front_end: &mut FrontEnd, head: u16) {
+    flush(front_end, head);
+    front_end.offer(0, head);
+    assert_eq!(front_end.used(0, SOON), Some((u32::from(head), 1)));
+}
+
 fn status(front_end: &FrontEnd, head: u16) -> u8 {
     front_end.memory().read_obj(GuestAddress(DATA + 0x100 * u64::from(head) + 16)).unwrap()
 }
@@ -58,9 +65,7 @@ fn note(front_end: &FrontEnd, at: u64, bytes: &[u8]) {
 fn what_was_in_flight_is_answered_once_and_in_its_order() {
     let (served, _) = Served::memory(MIB, 1);
     let mut front_end = tracked(&served);
-    flush(&front_end, 0);
-    front_end.offer(0, 0);
-    assert_eq!(front_end.used(0, SOON), Some((0, 1)));
+    carried_out(&mut front_end, 0);
     assert_eq!(front_end.stop(0).unwrap(), 1);
     for (head, counter) in [(3_u16, 9_u64), (6, 5), (9, 7)] {
         flush(&front_end, head);
@@ -93,9 +98,7 @@ fn what_was_answered_last_is_not_answered_again() {
     let (served, _) = Served::memory(MIB, 1);
     let mut front_end = tracked(&served);
     for head in [0, 3] {
-        flush(&front_end, head);
-        front_end.offer(0, head);
-        assert_eq!(front_end.used(0, SOON), Some((u32::from(head), 1)));
+        carried_out(&mut front_end, head);
     }
     front_end.disconnect();
     served.wait_sessions(1);
@@ -113,9 +116,7 @@ fn what_was_answered_last_is_not_answered_again() {
 fn a_call_that_is_new_is_used_for_what_the_driver_may_not_know() {
     let (served, _) = Served::memory(MIB, 1);
     let mut front_end = tracked(&served);
-    flush(&front_end, 0);
-    front_end.offer(0, 0);
-    assert_eq!(front_end.used(0, SOON), Some((0, 1)));
+    carried_out(&mut front_end, 0);
     front_end.disconnect();
     served.wait_sessions(1);
     while front_end.is_called(0, Duration::ZERO) {}
@@ -202,9 +203,7 @@ fn records_that_make_no_sense_harm_nobody() {
         served.wait_sessions(sessions);
     }
     let mut front_end = tracked(&served);
-    flush(&front_end, 0);
-    front_end.offer(0, 0);
-    assert_eq!(front_end.used(0, SOON), Some((0, 1)));
+    carried_out(&mut front_end, 0);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{FileOffset, GuestAddress};
+use vm_memory::{Bytes, FileOffset, GuestAddress};
 
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
@@ -152,4 +152,21 @@ fn what_takes_long_to_find_does_not_hold_up_what_is_found() {
     assert_eq!(*slow.answered.lock().unwrap(), [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]);
     assert_eq!(guest.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 10);
     assert_eq!(worker.state.in_flight(), 0);
+}
+
+/// Only the ring's index is in memory, and says that something was offered. Such a ring once took a slot at each look.
+#[test]
+fn a_ring_that_is_not_all_in_memory_costs_no_slots() {
+    let guest = guest();
+    let (mut worker, vring) = worker(&guest, Arc::new(raw()));
+    let end = 0x4000;
+    vring.set_queue_info(0, end - 4, USED).unwrap();
+    guest.write_obj(1_u16, GuestAddress(end - 2)).unwrap();
+    for _ in 0..2 * SLOTS {
+        assert_eq!(worker.pop(&vring), Popped::Blocked);
+    }
+    vring.set_queue_info(0, AVAIL, USED).unwrap();
+    offer_reads(&guest, 10);
+    worker.turn(&vring);
+    assert_eq!(guest.read_obj::<u16>(GuestAddress(USED + 2)).unwrap(), 10);
 }

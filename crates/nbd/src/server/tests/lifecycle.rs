@@ -18,14 +18,20 @@ fn read(offset: u64) -> Ask {
     Ask { command: command::READ, offset, len: 4096, ..Ask::default() }
 }
 
-#[test]
-fn an_export_in_use_is_removed_only_by_force_and_is_gone_with_its_last_request() {
+/// A client whose one request, a read, waits for a disk that is slow; with a count of how often its export was gone.
+fn one_waits(cookie: u64) -> (Rig, Client<UnixStream>, Arc<Slow>, Arc<AtomicUsize>) {
     let storage = Slow::new();
     let (export, gone) = told(Arc::clone(&storage) as _);
     let rig = Rig::with(Config::default(), export);
     let mut client = rig.client(Style::Structured);
-    client.send(1, read(0), &[]);
+    client.send(cookie, read(0), &[]);
     eventually(|| storage.waiting.load(Ordering::SeqCst) == 1);
+    (rig, client, storage, gone)
+}
+
+#[test]
+fn an_export_in_use_is_removed_only_by_force_and_is_gone_with_its_last_request() {
+    let (rig, mut client, storage, gone) = one_waits(1);
     let (name, description) = ("vda".to_owned(), "text".to_owned());
     assert_eq!(rig.server.exports(), [ExportStatus { name, description, writable: false, clients: 1 }]);
     assert_eq!(rig.server.remove_export("vda", Removal::Safe).unwrap_err().kind(), ErrorKind::Busy);
@@ -97,13 +103,8 @@ fn replies_come_in_the_order_in_which_requests_are_done() {
 
 #[test]
 fn at_the_end_requests_in_flight_are_answered_and_all_is_let_go() {
-    let storage = Slow::new();
-    let (export, gone) = told(Arc::clone(&storage) as _);
-    let rig = Rig::with(Config::default(), export);
-    let mut client = rig.client(Style::Structured);
+    let (rig, mut client, storage, gone) = one_waits(9);
     let _silent = rig.greet();
-    client.send(9, read(0), &[]);
-    eventually(|| storage.waiting.load(Ordering::SeqCst) == 1);
     let reader = thread::spawn(move || answer(&mut client.stream, |_| 0));
     thread::scope(|scope| {
         scope.spawn(|| rig.server.shutdown(Duration::from_secs(10)));
@@ -118,12 +119,7 @@ fn at_the_end_requests_in_flight_are_answered_and_all_is_let_go() {
 
 #[test]
 fn a_disk_that_hangs_does_not_hold_up_the_end() {
-    let storage = Slow::new();
-    let (export, gone) = told(Arc::clone(&storage) as _);
-    let rig = Rig::with(Config::default(), export);
-    let mut client = rig.client(Style::Structured);
-    client.send(1, read(0), &[]);
-    eventually(|| storage.waiting.load(Ordering::SeqCst) == 1);
+    let (rig, mut client, storage, gone) = one_waits(1);
     let begin = Instant::now();
     rig.server.shutdown(Duration::ZERO);
     assert!(begin.elapsed() < Duration::from_secs(20));
