@@ -25,12 +25,15 @@ pub(crate) fn measure(folder: &Path) -> Result<Tables> {
         for &(layers, _) in KIND.chains {
             let chain = images.get(..=layers).unwrap_or_default();
             let top = chain.last().ok_or_else(|| Error::new("a chain that was not made"))?;
-            // Not both at once: they exclude each other from the files.
-            let ours = rates(&mut Server::frazil(scratch, &format!("ours-{layers}"), top)?)?;
-            let theirs = match KIND.peers.contains(&layers) {
-                true => rates(&mut Server::peer(scratch, &format!("theirs-{layers}"), chain)?)?,
-                false => Vec::new(),
-            };
+            let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+            for round in 0..ROUNDS {
+                // Not both at once: they exclude each other from the files.
+                let name = |server: &str| format!("{server}-{layers}-{round}");
+                ours.extend(rates(&mut Server::frazil(scratch, &name("ours"), top)?)?);
+                if KIND.peers.contains(&layers) {
+                    theirs.extend(rates(&mut Server::peer(scratch, &name("theirs"), chain)?)?);
+                }
+            }
             for depth in DEPTHS {
                 rows.add(layers, depth, &ours, &theirs);
             }
@@ -46,7 +49,7 @@ struct Rate {
     p99_us: f64,
 }
 
-/// All runs of one server. It has read all of the disk before.
+/// One run at each depth. The server has read all of the disk before.
 fn rates(server: &mut Server) -> Result<Vec<Rate>> {
     let mut found = Vec::new();
     server.export(|uri| {
@@ -54,10 +57,8 @@ fn rates(server: &mut Server) -> Result<Vec<Rate>> {
         if !copied.success() {
             return Err(Error::new(format!("nbdcopy: {copied}")));
         }
-        for _ in 0..ROUNDS {
-            for depth in DEPTHS {
-                found.push(random_reads(uri, depth)?);
-            }
+        for depth in DEPTHS {
+            found.push(random_reads(uri, depth)?);
         }
         Ok(())
     })?;
