@@ -1,9 +1,15 @@
 //! Drivers of ill will: whatever they do, the disk is served, and so are the others.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
+use block::testing::Random;
+use block::{RawDisk, Storage};
 use frazil_tests::{Desc, Driver, FrontEnd, Request};
-use vm_memory::{Bytes, GuestAddress};
+use hostio::{Cache, HostFile};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::served::{MIB, Served};
 
@@ -122,6 +128,92 @@ fn messages_that_make_no_sense_end_the_session_and_no_more() {
     }
     let mut driver = Driver::connect(&served.socket, 1, 1, 4096).unwrap();
     assert_eq!(driver.queues[0].ask(Request::Read(0)), 0);
+}
+
+/// Chains of four that a racing thread changes while they are looked at, 16 of them in the ring at once.
+mod raced {
+    use super::*;
+
+    const CHAINS: u16 = 16;
+
+    fn header(head: u16) -> u64 {
+        DATA + 0x1000 * u64::from(head)
+    }
+
+    /// What is sound at one look and is not at the next: kinds, sectors, addresses, lengths, flags, links.
+    pub(super) fn change(memory: &GuestMemoryMmap<()>, stop: &AtomicBool) {
+        let mut dice = Random(7);
+        while !stop.load(Ordering::Relaxed) {
+            let head = dice.below(u64::from(CHAINS)) as u16;
+            let descriptor = FrontEnd::table(0) + 64 * u64::from(head);
+            let (kind, sector) = (header(head), header(head) + 8);
+            let data = descriptor + 16;
+            match dice.below(6) {
+                0 => set(memory, kind, dice.pick(&[0_u32, 1, 4, 8, 11, 13])),
+                1 => set(memory, sector, dice.pick(&[0_u64, 2047, 2048, u64::MAX / 512])),
+                2 => set(memory, data, dice.pick(&[header(head) + 0x100, 0x7fff_0000, u64::MAX - 255])),
+                3 => set(memory, data + 8, dice.pick(&[512_u32, 1024, 0, u32::MAX - 511])),
+                4 => set(memory, data + 12, dice.pick(&[NEXT, NEXT | WRITE, 0, FrontEnd::INDIRECT])),
+                _ => set(memory, data + 14, dice.pick(&[head * 4 + 2, head * 4, 999])),
+            }
+        }
+    }
+
+    fn set<T: vm_memory::ByteValued>(memory: &GuestMemoryMmap<()>, at: u64, value: T) {
+        memory.write_obj(value, GuestAddress(at)).unwrap();
+    }
+
+    /// Offers all chains and has them back, each once.
+    pub(super) fn round(front_end: &mut FrontEnd) {
+        for head in 0..CHAINS {
+            let at = header(head);
+            let status = (at + 0x800, 1, WRITE, 0);
+            front_end.header(at, 1, 0);
+            let first = head * 4;
+            let data = (at + 0x100, 512, NEXT, first + 2);
+            front_end.descriptors(FrontEnd::table(0), first, &[(at, 16, NEXT, first + 1), data, status]);
+            front_end.offer(0, first);
+        }
+        let mut back: Vec<_> = (0..CHAINS).map(|_| front_end.used(0, SOON).expect("an answer").0).collect();
+        back.sort_unstable();
+        assert_eq!(back, (0..CHAINS).map(|head| u32::from(head) * 4).collect::<Vec<_>>());
+    }
+}
+
+/// Whoever reads a header or a descriptor twice writes where it has not looked: past the disk's end, to a disk that is read
+/// only, to memory of its own.
+#[test]
+fn what_a_racing_thread_changes_is_judged_as_it_is_used() {
+    let (other, _) = Served::memory(MIB, 1);
+    let mut neighbour = Driver::connect(&other.socket, 1, 1, 4096).unwrap();
+    for read_only in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = Arc::new(HostFile::create(&folder.path().join("disk.raw"), Cache::Writeback).unwrap());
+        file.set_len(MIB as u64).unwrap();
+        let disk = RawDisk::new(Arc::clone(&file) as Arc<dyn Storage>, read_only).unwrap();
+        let served = Served::disk(Arc::new(disk), 1);
+        let mut front_end = front_end(&served, 0);
+        let (memory, stop) = (front_end.memory().clone(), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| raced::change(&memory, &stop));
+            let _stop = Stop(&stop);
+            (0..200).for_each(|_| raced::round(&mut front_end));
+        });
+        assert_alive(&mut front_end);
+        assert_eq!(neighbour.queues[0].ask(Request::Read(0)), 0);
+        let now = std::fs::read(folder.path().join("disk.raw")).unwrap();
+        assert_eq!(now.len(), MIB);
+        assert!(!read_only || now == vec![0; MIB], "a disk that is read only was written");
+    }
+}
+
+/// Ends the other thread, when a test fails too.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]
