@@ -29,6 +29,9 @@ fn a_disk_grows_and_stays_grown() {
         let grown = served.command(&["disk", "resize", "vd0", "3M", "--control", "control"]);
         assert!(grown.status.success(), "{grown:?}");
         assert_eq!(String::from_utf8_lossy(&grown.stdout), "resized disk vd0 to 3 MiB\n");
+        let unknown = served.command(&["disk", "resize", "vdx", "3M", "--control", "control"]);
+        let told = String::from_utf8_lossy(&unknown.stderr);
+        assert!(told.contains("`frazil status` show what there is"), "{told}");
         assert_eq!(capacity(&served), 3 * MIB);
         assert_eq!(ask(&served, Request::Read(2 * MIB)), (0, vec![0; BLOCK as usize]));
         assert_eq!(ask(&served, Request::Write(3 * MIB - BLOCK)).0, 0);

@@ -62,9 +62,11 @@ impl Connection {
     ) -> Result<Value, Failure> {
         self.client.execute(command, arguments, on_event).map_err(|error| match error {
             ClientError::Command { class, desc } => {
+                // QEMU has no class of its own for nodes that are not there.
+                let unknown = class == "DeviceNotFound" || desc.starts_with("Cannot find ");
                 let failure = Failure::new(Exit::Failed, what, desc);
                 match class.as_str() {
-                    "DeviceNotFound" => failure.hint("`frazil snapshot list` and `frazil status` show what there is"),
+                    _ if unknown => failure.hint("`frazil snapshot list` and `frazil status` show what there is"),
                     "CommandNotFound" => failure.hint("the daemon is of another version: restart it"),
                     _ => failure,
                 }

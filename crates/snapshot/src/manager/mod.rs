@@ -206,7 +206,8 @@ impl Manager {
     }
 
     pub(crate) fn served(&self, id: &str) -> Result<&Served> {
-        let story = || Error::new(ErrorKind::NotFound, format!("disk '{id}' is not served"));
+        // QEMU's words.
+        let story = || Error::new(ErrorKind::NotFound, format!("Cannot find device='{id}' nor node-name=''"));
         self.disks.get(id).ok_or_else(story)
     }
 

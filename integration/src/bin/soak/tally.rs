@@ -11,6 +11,8 @@ pub(crate) struct Tally {
     pub(crate) time: Duration,
     pub(crate) rounds: u64,
     pub(crate) snapshots: u64,
+    /// Snapshots that were refused, for the guest's agent took too long.
+    pub(crate) refused: u64,
     /// Snapshots that a kill kept from being taken.
     pub(crate) unfinished: u64,
     pub(crate) deletes: u64,
@@ -45,8 +47,8 @@ impl fmt::Display for Tally {
         writeln!(f, "nothing lost in {minutes:.0} minutes, {} rounds", self.rounds)?;
         writeln!(
             f,
-            "snapshots      {} ({} more not taken for a kill), deleted {}",
-            self.snapshots, self.unfinished, self.deletes
+            "snapshots      {} ({} more not taken for a kill, {} for an agent that was late), deleted {}",
+            self.snapshots, self.unfinished, self.refused, self.deletes
         )?;
         writeln!(f, "frozen, ms     {}", spread(self.frozen.clone()))?;
         writeln!(f, "increments     {}, {} MiB over NBD", self.increments, self.pulled >> 20)?;

@@ -19,6 +19,8 @@ use crate::tally::Tally;
 const DISKS: [(&str, FileSystem); 2] = [("vda", FileSystem::Ext4), ("vdb", FileSystem::Xfs)];
 /// Snapshots that are kept; older ones are deleted.
 const KEPT: usize = 5;
+/// Of a snapshot, before the agent counts as lost.
+const TRIES: u32 = 3;
 /// The guest must write again within this after whatever happened.
 const RECOVERY: Duration = Duration::from_secs(60);
 /// A kill comes within this after its round has begun.
@@ -64,15 +66,33 @@ impl<'a> World<'a> {
         self.rig.daemon.monitor()?.execute(command, arguments)
     }
 
-    /// All that a round does.
-    pub(crate) fn round(&mut self, tally: &mut Tally) -> Result<()> {
-        let name = self.name();
-        let snapshot = self.rig.daemon.snapshot(&name, "require")?;
+    /// A snapshot with a freeze. On a host that is overloaded the agent may answer too late, and it is refused, as asked.
+    fn snapshot(&mut self, tally: &mut Tally) -> Result<Snapshot> {
+        let mut tries = 0;
+        let snapshot = loop {
+            let name = self.name();
+            tries += 1;
+            match self.rig.daemon.snapshot(&name, "require") {
+                Err(error) if tries == TRIES => return Err(error),
+                Err(error) => {
+                    eprintln!("soak: {name} was refused: {error}");
+                    tally.refused += 1;
+                }
+                Ok(snapshot) => break snapshot,
+            }
+        };
         if snapshot.grade != "filesystem" {
-            return Err(Error::new(format!("{name} has grade {}: {}", snapshot.grade, snapshot.reason)));
+            let Snapshot { name, grade, reason, .. } = snapshot;
+            return Err(Error::new(format!("{name} has grade {grade}: {reason}")));
         }
         tally.snapshots += 1;
         tally.frozen.extend(snapshot.timing.get("frozen"));
+        Ok(snapshot)
+    }
+
+    /// All that a round does.
+    pub(crate) fn round(&mut self, tally: &mut Tally) -> Result<()> {
+        let name = self.snapshot(tally)?.name;
         self.pull(&name, tally)?;
         self.change_marks()?;
         self.delete_old(tally)
@@ -203,13 +223,11 @@ impl<'a> World<'a> {
 
     /// A second guest boots with a snapshot and finds all that was synced before; `qemu-img` finds nothing wrong.
     pub(crate) fn prove(&mut self, tally: &mut Tally) -> Result<()> {
-        let name = self.name();
         let expected = self.rig.expectation()?;
-        let snapshot: Snapshot = self.rig.daemon.snapshot(&name, "require")?;
+        let snapshot = self.snapshot(tally)?;
         self.rig.verify(&snapshot, &expected)?;
         check_images(&snapshot)?;
         tally.proofs += 1;
-        tally.snapshots += 1;
         Ok(())
     }
 
