@@ -26,12 +26,12 @@ fn while_the_disks_are_stopped_nothing_changes_but_cuts_go_on() {
     thread::sleep(Duration::from_millis(30));
     served.ask("stop", json!({}));
     served.ask("stop", json!({}));
-    let status = json!({ "running": false, "status": "paused" });
-    assert_eq!(served.ask("query-status", json!({})), status);
+    let status = || served.ask("query-status", json!({}))["status"].clone();
+    assert_eq!(status(), "paused");
     served.snapshot("first", &clock);
     thread::sleep(Duration::from_millis(50));
     served.snapshot("second", &clock);
-    assert_eq!(served.ask("query-status", json!({})), status, "a cut opens no gate that it has not closed");
+    assert_eq!(status(), "paused", "a cut opens no gate that it has not closed");
     assert!(served.export_all("first") == served.export_all("second"));
 
     let mut events = Vec::new();

@@ -35,7 +35,8 @@ fn run_state(caller: &Caller<'_>, _: Arguments) -> Outcome {
         (false, true) => "running",
         (false, false) => "prelaunch",
     };
-    Ok(json!({ "running": status == "running", "status": status }))
+    let sandbox = caller.service.status().sandbox;
+    Ok(json!({ "running": status == "running", "status": status, "sandbox": sandbox }))
 }
 
 fn query_frazil(caller: &Caller<'_>, _: Arguments) -> Outcome {

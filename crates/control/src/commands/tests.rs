@@ -178,17 +178,21 @@ fn the_disks_are_shown_as_qemu_shows_them() {
         (&json!("vda.0"), &json!(true), &json!("raw"))
     );
     assert_eq!((&nodes[3]["node-name"], &nodes[3]["drv"]), (&json!("target"), &json!("raw")));
-    assert_eq!(run_one("query-status", json!({})).unwrap(), json!({"running": true, "status": "running"}));
+    let status = run_one("query-status", json!({})).unwrap();
+    assert_eq!((&status["running"], &status["status"]), (&json!(true), &json!("running")));
+    assert_eq!(status["sandbox"], run_one("query-frazil", json!({})).unwrap()["sandbox"]);
 }
 
 #[test]
 fn the_disks_are_paused_from_stop_to_cont() {
     let (service, _events) = Fake::new();
     let status = |before: &str| {
-        run_all(&service, true, &[json!({"execute": before}), json!({"execute": "query-status"})]).unwrap()
+        let commands = [json!({"execute": before}), json!({"execute": "query-status"})];
+        let status = run_all(&service, true, &commands).unwrap();
+        (status["running"] == true, status["status"].as_str().unwrap().to_owned())
     };
-    assert_eq!(status("stop"), json!({"running": false, "status": "paused"}));
-    assert_eq!(status("cont"), json!({"running": true, "status": "running"}));
+    assert_eq!(status("stop"), (false, "paused".to_owned()));
+    assert_eq!(status("cont"), (true, "running".to_owned()));
 }
 
 #[test]
