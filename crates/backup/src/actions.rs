@@ -33,7 +33,8 @@ impl Backups {
     /// None yet, over the disks of `manager`. `sockets` are those that listen already, by the names by which clients ask for
     /// them.
     pub fn new(manager: Arc<Manager>, sockets: BTreeMap<String, OwnedFd>) -> Self {
-        Self { manager, nodes: Nodes::default(), exports: Exports::new(Sockets(sockets)) }
+        let nodes = Nodes::new(manager.folder().to_owned());
+        Self { manager, nodes, exports: Exports::new(Sockets(sockets)) }
     }
 
     /// `blockdev-add`. Opens what the node needs.
@@ -132,7 +133,7 @@ impl Backups {
         self.nodes.get(name).map(Named::Node).ok_or_else(|| no_node(name))
     }
 
-    fn filters(&self, disk: &str) -> Vec<Arc<Filter>> {
+    pub(crate) fn filters(&self, disk: &str) -> Vec<Arc<Filter>> {
         let filter = |node: &Node| match &node.kind {
             Kind::CopyBeforeWrite(filter) if filter.disk == disk => Some(Arc::clone(filter)),
             _ => None,

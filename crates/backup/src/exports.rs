@@ -16,7 +16,7 @@ use snapshot::{Event, Manager, Pin, Point};
 use crate::actions::{Backups, Named};
 use crate::address::{SocketAddress, Sockets};
 use crate::model::BitmapSource;
-use crate::nodes::{Kind, Node, Writing, is_well_formed, no_node};
+use crate::nodes::{Backing, Filter, Kind, Node, Writing, is_well_formed, no_node};
 
 /// How long clients whose requests are under way are waited for when the server stops.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
@@ -312,13 +312,15 @@ impl Backups {
                     let pin = self.view_of(&access.filter)?;
                     Ok(Content::of_pin(pin, Some(node)))
                 }
-                Kind::Image { disk, .. } => {
+                Kind::Image { disk, backing, .. } => {
                     let disk = Arc::clone(disk);
+                    let pin =
+                        backing.as_ref().map(|backing| self.show_beneath(&node, backing)).transpose()?;
                     let writing = options
                         .writable
                         .then(|| Writing::begin(Arc::clone(&node), disk.capacity()))
                         .transpose()?;
-                    Ok(Content { disk, layers: Vec::new(), pin: None, writing, node: Some(node) })
+                    Ok(Content { disk, layers: Vec::new(), pin, writing, node: Some(node) })
                 }
                 Kind::File { .. } | Kind::CopyBeforeWrite(_) => {
                     let story = format!(
@@ -328,6 +330,23 @@ impl Backups {
                 }
             },
         }
+    }
+
+    /// Has an image show the disk beneath it as it was: when the filter was put on of which it is the fleecing image, or the
+    /// job began that writes to it; else as it is now.
+    fn show_beneath(&self, node: &Arc<Node>, backing: &Backing) -> Result<Arc<Pin>> {
+        let is_its = |filter: &Arc<Filter>| filter.is_on() && filter.has_fleece(node);
+        let filter = self.filters(&backing.disk).into_iter().find(is_its);
+        let pin = match (filter, backing.view()) {
+            (Some(filter), _) => self.view_of(&filter)?,
+            (None, Some(pin)) => pin,
+            (None, None) => {
+                let cut = self.cut(vec![backing.disk.clone()])?.pop();
+                cut.ok_or_else(|| no_node(&backing.disk))?
+            }
+        };
+        backing.show(&pin);
+        Ok(pin)
     }
 
     /// A bitmap of what is exported, or what has changed since a checkpoint.

@@ -3,43 +3,52 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use block::{Error, ErrorKind};
-use snapshot::{BitmapLock, CopyFailure, DiskCopy, ErrorAction, Halt, IoOperation, Job, Labor, Pin};
+use snapshot::{BitmapLock, Halt, Job, Labor, Pin};
 use tracing::warn;
 
-use crate::model::OnError;
-use crate::nodes::{Access, Creation, Writing};
+use crate::copying::Copying;
+use crate::nodes::{Access, Creation};
 
-/// What a job does about I/O that fails.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Policies {
-    pub(crate) read: OnError,
-    pub(crate) write: OnError,
+/// What becomes of a bitmap at the end of a job.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Ending {
+    /// It stays as it is.
+    Stays,
+    /// It is clean if all was copied.
+    OnSuccess,
+    /// What was copied is clean, however the job ended.
+    Always,
 }
 
 /// One backup.
 pub(crate) struct Backup {
-    pub(crate) copy: DiskCopy,
-    pub(crate) target: Writing,
-    pub(crate) policies: Policies,
+    pub(crate) copying: Copying,
     /// Keeps what is read as it was.
     pub(crate) pin: Arc<Pin>,
-    /// The bitmaps that are used, and whether each becomes clean.
-    pub(crate) bitmaps: Vec<(BitmapLock, bool)>,
+    /// The bitmaps that are used.
+    pub(crate) bitmaps: Vec<(BitmapLock, Ending)>,
     /// The node that is read, if the disk is not read itself: it can not be removed meanwhile.
     pub(crate) _access: Option<Arc<Access>>,
 }
 
 impl Labor for Backup {
     fn run(mut self: Box<Self>, job: &Job) -> Result<(), Halt> {
-        job.set_total(self.copy.total());
-        let whole = self.copy(job)?;
-        self.target.disk().flush().run()?;
-        job.finalize_point()?;
-        for (bitmap, _) in self.bitmaps.iter().filter(|(_, cleans)| *cleans) {
-            match whole {
-                true => bitmap.restart(&self.pin)?,
-                false => warn!(job = job.id(), "something was left out, so the bitmap stays dirty"),
+        job.set_total(self.copying.copy.total());
+        let worked = self.work(job);
+        if worked.is_err() {
+            // The job's error is the one to tell; a bitmap that could not be changed tells too much, never too little.
+            if let Err(error) = self.note_copied() {
+                warn!(job = job.id(), %error, "the bitmap stays as it was");
+            }
+            return worked;
+        }
+        for (bitmap, ending) in &self.bitmaps {
+            match (ending, self.copying.copy.is_whole()) {
+                (Ending::Stays, _) => {}
+                (Ending::OnSuccess, false) => {
+                    warn!(job = job.id(), "something was left out, so the bitmap stays dirty");
+                }
+                _ => bitmap.restart(&self.pin, |left| self.copying.copy.mark_left(left))?,
             }
         }
         Ok(())
@@ -57,53 +66,19 @@ impl Labor for Creation {
 }
 
 impl Backup {
-    /// Copies all; whether nothing was left out.
-    fn copy(&mut self, job: &Job) -> Result<bool, Halt> {
-        let mut whole = true;
-        loop {
-            job.pause_point(Duration::ZERO)?;
-            match self.copy.step() {
-                Ok(None) => return Ok(whole),
-                Ok(Some(copied)) => {
-                    job.copied(copied);
-                    self.target.relieve()?;
-                }
-                Err(failure) => whole &= self.heed(job, failure)?,
-            }
-        }
+    /// All but what becomes of the bitmaps.
+    fn work(&mut self, job: &Job) -> Result<(), Halt> {
+        self.copying.run(job, |job| job.pause_point(Duration::ZERO))?;
+        job.finalize_point()
     }
 
-    /// Does as the policy says; whether the piece will be tried again.
-    fn heed(&mut self, job: &Job, failure: CopyFailure) -> Result<bool, Halt> {
-        let (operation, policy, error) = match failure {
-            CopyFailure::Read(error) => (IoOperation::Read, self.policies.read, error),
-            CopyFailure::Write(error) => (IoOperation::Write, self.policies.write, error),
-        };
-        let action = action(policy, &error);
-        job.tell_error(operation, action);
-        match action {
-            ErrorAction::Report => Err(Halt::Failed(error)),
-            ErrorAction::Stop => {
-                warn!(job = job.id(), %error, "paused until it is resumed");
-                job.pause()?;
-                Ok(true)
-            }
-            ErrorAction::Ignore => {
-                let left_out = self.copy.skip();
-                warn!(job = job.id(), %error, ?left_out, "left out");
-                Ok(false)
-            }
+    /// The job did not succeed. What it has copied is clean nevertheless in a bitmap that is to say so, once that is on stable
+    /// storage.
+    fn note_copied(&self) -> block::Result<()> {
+        for (bitmap, _) in self.bitmaps.iter().filter(|(_, ending)| *ending == Ending::Always) {
+            self.copying.flush()?;
+            bitmap.restart(&self.pin, |left| self.copying.copy.mark_left(left))?;
         }
-    }
-}
-
-/// What an error leads to. One that is final for the target can not be waited out.
-fn action(policy: OnError, error: &Error) -> ErrorAction {
-    match policy {
-        _ if error.kind() == ErrorKind::Latched => ErrorAction::Report,
-        OnError::Enospc if error.kind() == ErrorKind::NoSpace => ErrorAction::Stop,
-        OnError::Report | OnError::Enospc => ErrorAction::Report,
-        OnError::Stop => ErrorAction::Stop,
-        OnError::Ignore => ErrorAction::Ignore,
+        Ok(())
     }
 }

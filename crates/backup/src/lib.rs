@@ -27,7 +27,9 @@
 
 mod actions;
 mod address;
+mod copying;
 mod exports;
+mod fleece;
 mod labor;
 mod model;
 mod nodes;

@@ -1,8 +1,10 @@
 //! Block nodes that clients add: the files that backups are written to, and the filters that they are read through.
 
+mod backing;
 mod create;
 mod filter;
 mod options;
+mod own;
 mod writing;
 
 use std::collections::BTreeMap;
@@ -16,10 +18,12 @@ use qcow2::Image;
 use serde::Serialize;
 use snapshot::BitmapInfo;
 
+pub(crate) use backing::Backing;
 pub(crate) use create::Creation;
 pub(crate) use filter::{Access, Filter, NodeBitmaps, View, bitmap_of, not_found, tidy};
 use options::{Driver, Reference};
 pub use options::{ImageOptions, NodeOptions};
+use own::Own;
 pub(crate) use writing::{MAX_PENDING, Writing, incompressible};
 
 /// Nodes there may be: clients forget to delete them.
@@ -41,8 +45,8 @@ pub(crate) struct Node {
 pub(crate) enum Kind {
     /// A file or a device.
     File { file: Arc<HostFile>, path: PathBuf },
-    /// An image in a file.
-    Image { file: Arc<Node>, disk: Arc<dyn Disk>, qcow2: Option<Arc<Image>> },
+    /// An image in a file; and the disk beneath it, if there is one.
+    Image { file: Arc<Node>, disk: Arc<dyn Disk>, qcow2: Option<Arc<Image>>, backing: Option<Arc<Backing>> },
     /// A disk, and what it was when the filter was put on.
     CopyBeforeWrite(Arc<Filter>),
     /// The same, to read.
@@ -75,9 +79,15 @@ pub(crate) struct Nodes {
     adding: Mutex<()>,
     /// Names those that got none.
     next: AtomicU64,
+    own: Own,
 }
 
 impl Nodes {
+    /// None yet. `state` is the state directory, in which none may be that is written.
+    pub(crate) fn new(state: PathBuf) -> Self {
+        Self { own: Own(state), ..Self::default() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Node>>> {
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -174,6 +184,9 @@ impl Nodes {
         let mut child = |reference: Reference| self.resolve(reference.within(writable), disk_of, made);
         match options.driver {
             Driver::File { filename } | Driver::HostDevice { filename } => {
+                if writable {
+                    self.own.check(&filename)?;
+                }
                 let file = Arc::new(HostFile::open(&filename, Open { writable, cache })?);
                 Ok(Kind::File { file, path: filename })
             }
@@ -181,15 +194,17 @@ impl Nodes {
                 let file = child(file)?;
                 self.check_free(&file, writable)?;
                 let disk = Arc::new(RawDisk::new(file.storage()?, !writable)?);
-                Ok(Kind::Image { file, disk, qcow2: None })
+                Ok(Kind::Image { file, disk, qcow2: None, backing: None })
             }
-            Driver::Qcow2 { file, .. } => {
+            Driver::Qcow2 { file, backing } => {
                 let file = child(file)?;
                 self.check_free(&file, writable)?;
-                let image = writing::open_qcow2(file.storage()?, writable)
+                let beneath = backing.as_ref().and_then(Reference::name).and_then(disk_of);
+                let backing = beneath.map(|disk| Arc::new(Backing::new(disk)));
+                let image = writing::open_qcow2(file.storage()?, writable, backing.clone())
                     .context(|| format!("Node '{}'", file.name))?;
                 let image = Arc::new(image);
-                Ok(Kind::Image { file, disk: Arc::clone(&image) as _, qcow2: Some(image) })
+                Ok(Kind::Image { file, disk: Arc::clone(&image) as _, qcow2: Some(image), backing })
             }
             Driver::CopyBeforeWrite { file, target } => {
                 let Reference::Name(source) = file else {

@@ -190,7 +190,7 @@ impl<'a> Plan<'a> {
         // All or none: what has begun is called off if another one can not.
         let mut begun: Vec<String> = Vec::new();
         for mut ready in std::mem::take(&mut self.ready) {
-            let of_disk = self.cleaned.extract_if(.., |(bitmap, _)| bitmap.disk == ready.source.disk());
+            let of_disk = self.cleaned.extract_if(.., |(bitmap, _)| ready.copies(&bitmap.disk));
             ready.cleaned = of_disk.map(|(_, lock)| lock).collect();
             let id = ready.seat.id().to_owned();
             if let Err(error) = begin(ready, &pins) {

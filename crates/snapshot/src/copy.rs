@@ -1,10 +1,24 @@
 //! Copying a disk, or parts of it, to another disk: what exports and backups do.
+//!
+//! ```text
+//!   source ──▶ windows ──▶ pieces ──▶ a turn: two threads, each reads a piece and writes it ──▶ target
+//!            (what is zero?)  ▲                        │
+//!                             └── what failed, what is left
+//! ```
+//! Both threads of a turn take whole pieces, so that what was read is still in the processor's cache when it is written, while
+//! the other one reads or writes. Between two turns nothing is in flight: what was told of them is what is in the target.
+
+mod ends;
+mod turn;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use block::{ByteRange, DirtyBitmap, Disk, Error, Extent, Result, Source, blocking, read_disk, write_disk};
+use block::{ByteRange, DirtyBitmap, Disk, Error, Extent, Result, Source};
 use qcow2::Image;
+
+use ends::Ends;
+use turn::{Turn, WORKERS};
 
 /// How much is resolved at once: the extents of so much are held while it is copied.
 const WINDOW: u64 = 8 << 20;
@@ -13,28 +27,28 @@ const WINDOW: u64 = 8 << 20;
 /// written.
 const PIECE: u64 = 256 << 10;
 
+/// How much is looked up ahead of a turn, and how many pieces of it there may be.
+const AHEAD: u64 = 4 << 20;
+const MAX_PIECES: usize = 64;
+
 /// A part of a disk is looked at for zeroes in pieces of so many bytes at least.
 const GRAIN: u64 = 4096;
 
 /// What is copied where.
 #[derive(Debug)]
 pub struct DiskCopy {
-    source: Arc<dyn Disk>,
-    target: Arc<dyn Disk>,
-    /// The target, if what is written is to be compressed.
-    compressing: Option<Arc<Image>>,
+    ends: Ends,
     /// Only what is marked; all if `None`.
     marked: Option<DirtyBitmap>,
-    /// All that is written begins and ends at a multiple of so many bytes, a power of two: a cluster of the target, which so
-    /// needs to know nothing of what is beneath it.
-    unit: u64,
-    /// What is not written reads as zeroes.
-    on_zeroes: bool,
     /// Up to here it is known what is to be copied.
     resolved: u64,
     /// What is to be copied next.
     pieces: VecDeque<Piece>,
-    buffer: Vec<u8>,
+    /// Why the first of these could not be copied, if nobody has been told yet.
+    failure: Option<CopyFailure>,
+    left_out: Vec<ByteRange>,
+    /// Each thread's, kept from turn to turn.
+    buffers: [Vec<u8>; WORKERS],
 }
 
 /// A part of the disk, at most a window long.
@@ -70,19 +84,27 @@ impl DiskCopy {
         // of the backup before it, must not show there.
         let on_zeroes = marked.is_none() && is_blank(&*target);
         let unit = u64::from(target.discard_granularity()).next_power_of_two().clamp(GRAIN, WINDOW);
-        let (pieces, buffer) = (VecDeque::new(), Vec::new());
-        Self { source, target, compressing: None, marked, unit, on_zeroes, resolved: 0, pieces, buffer }
+        Self {
+            ends: Ends { source, target, compressing: None, unit, on_zeroes },
+            marked,
+            resolved: 0,
+            pieces: VecDeque::new(),
+            failure: None,
+            left_out: Vec::new(),
+            buffers: Default::default(),
+        }
     }
 
     /// The same, compressed: `image` is the target, and whole clusters of it are written.
-    pub fn compressed(self, image: Arc<Image>) -> Self {
-        let unit = self.unit.max(image.cluster_size());
-        Self { unit, compressing: Some(image), ..self }
+    pub fn compressed(mut self, image: Arc<Image>) -> Self {
+        self.ends.unit = self.ends.unit.max(image.cluster_size());
+        self.ends.compressing = Some(image);
+        self
     }
 
     /// Bytes to copy in all.
     pub fn total(&self) -> u64 {
-        let Some(marked) = &self.marked else { return self.source.capacity() };
+        let Some(marked) = &self.marked else { return self.ends.source.capacity() };
         let (mut total, mut at) = (0, 0);
         while let Some(range) = self.next_marked(marked, at) {
             total += range.len;
@@ -91,44 +113,78 @@ impl DiskCopy {
         total
     }
 
-    /// Copies the next piece; its length, or `None` if there is none.
-    pub fn step(&mut self) -> std::result::Result<Option<u64>, CopyFailure> {
-        if self.pieces.is_empty() && !self.resolve() {
+    /// Copies some pieces, `most` bytes of them or a little more; how many bytes, or `None` if there are none to copy.
+    /// It returns soon, also where the target is slow.
+    ///
+    /// A failure is told by itself, after what was copied. Its piece is tried again by the next step, or
+    /// [left out](Self::skip).
+    pub fn step(&mut self, most: u64) -> std::result::Result<Option<u64>, CopyFailure> {
+        if let Some(failure) = self.failure.take() {
+            return Err(failure);
+        }
+        while self.pieces.len() < MAX_PIECES && self.bytes_ahead() < AHEAD.min(most) && self.resolve() {}
+        if self.pieces.is_empty() {
             return Ok(None);
         }
-        let Some(piece) = self.next_piece() else { return Ok(Some(0)) };
-        self.copy(piece)?;
-        self.done(piece);
-        Ok(Some(piece.range.len))
-    }
-
-    /// Leaves the next piece out, which could not be copied; its range.
-    pub fn skip(&mut self) -> Option<ByteRange> {
-        let piece = self.next_piece()?;
-        self.done(piece);
-        Some(piece.range)
-    }
-
-    /// What is to be copied at once.
-    fn next_piece(&self) -> Option<Piece> {
-        let piece = *self.pieces.front()?;
-        let longest = if piece.is_zero { u64::MAX } else { PIECE.max(self.unit) };
-        Some(Piece { range: ByteRange { len: piece.range.len.min(longest), ..piece.range }, ..piece })
-    }
-
-    fn done(&mut self, piece: Piece) {
-        if let Some(first) = self.pieces.front_mut() {
-            let end = first.range.end();
-            first.range = ByteRange { offset: piece.range.end(), len: end - piece.range.end() };
-            if first.range.len == 0 {
-                self.pieces.pop_front();
+        let turn = Turn::new(std::mem::take(&mut self.pieces), self.longest(), most);
+        let (copied, failure);
+        (copied, self.pieces, failure) = turn.take(&self.ends, &mut self.buffers);
+        match failure {
+            Some(failure) if copied == 0 => Err(failure),
+            failure => {
+                self.failure = failure;
+                Ok(Some(copied))
             }
         }
     }
 
+    /// Leaves the next piece out, which could not be copied; its range.
+    pub fn skip(&mut self) -> Option<ByteRange> {
+        let longest = self.longest();
+        let piece = Piece::next_of(&mut self.pieces, longest)?;
+        self.left_out.push(piece.range);
+        Some(piece.range)
+    }
+
+    /// Whether nothing was left out so far.
+    pub fn is_whole(&self) -> bool {
+        self.left_out.is_empty()
+    }
+
+    /// Marks what was to be copied and has not been: what was left out, and what is still to come.
+    pub fn mark_left(&self, left: &DirtyBitmap) {
+        let rest = ByteRange {
+            offset: self.resolved,
+            len: self.ends.source.capacity().saturating_sub(self.resolved),
+        };
+        let pieces = self.pieces.iter().map(|piece| piece.range);
+        for range in self.left_out.iter().copied().chain(pieces).chain([rest]) {
+            let Some(marked) = &self.marked else {
+                left.mark(range);
+                continue;
+            };
+            let mut at = range.offset;
+            while let Some(found) =
+                marked.next_dirty(ByteRange { offset: at, len: range.end().saturating_sub(at) })
+            {
+                left.mark(found);
+                at = found.end();
+            }
+        }
+    }
+
+    /// Bytes of one piece of data, at most.
+    fn longest(&self) -> u64 {
+        PIECE.max(self.ends.unit)
+    }
+
+    fn bytes_ahead(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.range.len).sum()
+    }
+
     /// Finds what is to be copied next; whether there is anything.
     fn resolve(&mut self) -> bool {
-        let capacity = self.source.capacity();
+        let capacity = self.ends.source.capacity();
         let next = match &self.marked {
             None => (self.resolved < capacity)
                 .then(|| ByteRange { offset: self.resolved, len: capacity - self.resolved }),
@@ -152,7 +208,7 @@ impl DiskCopy {
     /// The parts of a window that are not known to be zero.
     fn data(&self, window: ByteRange) -> Result<Vec<ByteRange>> {
         let mut extents = Vec::new();
-        self.source.resolve_read(window, &mut extents)?;
+        self.ends.source.resolve_read(window, &mut extents)?;
         let (mut parts, mut at) = (Vec::new(), window.offset);
         for extent in extents {
             if !matches!(extent.source, Source::Zero) {
@@ -167,8 +223,8 @@ impl DiskCopy {
     /// Enters the zeroes from `from` on, whole units of them, and then the data, with the rest of its units. Returns where
     /// the next zeroes may begin.
     fn enter(&mut self, from: u64, data: ByteRange, end: u64) -> u64 {
-        let start = if data.len == 0 { data.offset } else { data.offset & !(self.unit - 1) }.max(from);
-        let stop = data.end().next_multiple_of(self.unit).min(end).max(start);
+        let start = if data.len == 0 { data.offset } else { data.offset & !(self.ends.unit - 1) }.max(from);
+        let stop = data.end().next_multiple_of(self.ends.unit).min(end).max(start);
         let zeroes = ByteRange { offset: from, len: start - from };
         for (range, is_zero) in [(zeroes, true), (ByteRange { offset: start, len: stop - start }, false)] {
             if range.len > 0 {
@@ -180,57 +236,25 @@ impl DiskCopy {
 
     /// The next marked range from `at` on, made of whole units.
     fn next_marked(&self, marked: &DirtyBitmap, at: u64) -> Option<ByteRange> {
-        let capacity = self.source.capacity();
+        let capacity = self.ends.source.capacity();
         let found = marked.next_dirty(ByteRange { offset: at, len: capacity.checked_sub(at)? })?;
-        let offset = (found.offset & !(self.unit - 1)).max(at);
-        let end = found.end().checked_next_multiple_of(self.unit).unwrap_or(capacity).min(capacity);
+        let offset = (found.offset & !(self.ends.unit - 1)).max(at);
+        let end = found.end().checked_next_multiple_of(self.ends.unit).unwrap_or(capacity).min(capacity);
         Some(ByteRange { offset, len: end - offset })
     }
+}
 
-    fn copy(&mut self, piece: Piece) -> std::result::Result<(), CopyFailure> {
-        if piece.is_zero {
-            return self.zero(piece.range).map_err(CopyFailure::Write);
+impl Piece {
+    /// Takes what is to be copied at once from the front; of data at most `longest` bytes.
+    fn next_of(pieces: &mut VecDeque<Self>, longest: u64) -> Option<Self> {
+        let first = pieces.front_mut()?;
+        let len = if first.is_zero { first.range.len } else { first.range.len.min(longest) };
+        let piece = Self { range: ByteRange { len, ..first.range }, ..*first };
+        first.range = ByteRange { offset: piece.range.end(), len: first.range.len - len };
+        if first.range.len == 0 {
+            pieces.pop_front();
         }
-        // At most a window.
-        self.buffer.resize(piece.range.len as usize, 0);
-        read_disk(&*self.source, piece.range.offset, &mut self.buffer).map_err(CopyFailure::Read)?;
-        self.put(piece.range.offset).map_err(CopyFailure::Write)
-    }
-
-    /// Writes what is in the buffer, runs of zeroes as such: the target stays as sparse as what is in the disk.
-    fn put(&self, at: u64) -> Result<()> {
-        let is_zero = |unit: &&[u8]| unit.iter().all(|&byte| byte == 0);
-        let mut units = self.buffer.chunks(self.unit as usize).peekable();
-        let mut start = 0;
-        while let Some(first) = units.next() {
-            let zero = is_zero(&first);
-            let mut end = start + first.len();
-            while let Some(unit) = units.next_if(|unit| is_zero(unit) == zero) {
-                end += unit.len();
-            }
-            let (to, len) = (at + start as u64, (end - start) as u64);
-            match zero {
-                true => self.zero(ByteRange { offset: to, len })?,
-                false => self.write(to, self.buffer.get(start..end).unwrap_or_default())?,
-            }
-            start = end;
-        }
-        Ok(())
-    }
-
-    /// Writes whole units.
-    fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        let Some(image) = &self.compressing else { return write_disk(&*self.target, at, bytes) };
-        let size = image.cluster_size();
-        let mut clusters = (at..).step_by(size as usize).zip(bytes.chunks(size as usize));
-        clusters.try_for_each(|(at, cluster)| image.write_compressed(at, cluster))
-    }
-
-    fn zero(&self, range: ByteRange) -> Result<()> {
-        if self.on_zeroes {
-            return Ok(());
-        }
-        blocking(|waker| self.target.write_zeroes(range, true, waker))
+        Some(piece)
     }
 }
 

@@ -121,7 +121,7 @@ fn copy(
     let capacity = disk.capacity();
     let mut copy = DiskCopy::new(disk, Arc::clone(&target), None);
     let (mut done, mut told) = (0, 0);
-    while let Some(copied) = copy.step().map_err(CopyFailure::error)? {
+    while let Some(copied) = copy.step(u64::MAX).map_err(CopyFailure::error)? {
         relieve()?;
         done += copied;
         if done - told < CHUNK && done < capacity {

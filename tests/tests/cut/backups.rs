@@ -26,14 +26,44 @@ const BYTES: u64 = (SIZE * PLACES * QUEUES) as u64;
 const SLOW: u64 = 1 << 20;
 
 /// The program, in the midst of a backup. It is killed when it is dropped.
-struct Program {
+pub(crate) struct Program {
     child: Child,
     said: BufReader<ChildStdout>,
     told: ChildStdin,
 }
 
 impl Program {
-    fn hear(&mut self, expected: &str) {
+    /// Starts a script of `tests/python`; it is ready.
+    pub(crate) fn start(script: &str, arguments: impl FnOnce(&mut Command)) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("python").join(script);
+        let python = python_programs(Path::new(env!("CARGO_TARGET_TMPDIR"))).join("python");
+        let mut command = Command::new(python);
+        command.arg(script);
+        arguments(&mut command);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (said, told) = (BufReader::new(child.stdout.take().unwrap()), child.stdin.take().unwrap());
+        let mut program = Self { child, said, told };
+        program.hear("ready");
+        program
+    }
+
+    /// Gives the word for the instant; when it was.
+    pub(crate) fn take(&mut self, clock: &Clock) -> Cut {
+        let asked = clock.now();
+        self.tell();
+        self.hear("taken");
+        Cut { name: "backup".to_owned(), asked, answered: clock.now() }
+    }
+
+    pub(crate) fn tell(&mut self) {
+        self.told.write_all(b"\n").unwrap();
+    }
+
+    pub(crate) fn ends_well(&mut self) -> bool {
+        self.child.wait().unwrap().success()
+    }
+
+    pub(crate) fn hear(&mut self, expected: &str) {
         let mut line = String::new();
         self.said.read_line(&mut line).unwrap();
         assert_eq!(line.trim(), expected, "the program says why");
@@ -94,41 +124,21 @@ impl Drill {
 
     /// Has the program begin a backup; it waits for the word.
     fn begin(&self, kind: &str, speed: u64, targets: &[PathBuf]) -> Program {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/backup_client.py");
-        let python = python_programs(Path::new(env!("CARGO_TARGET_TMPDIR"))).join("python");
         let fleece = self.served.path("fleece");
         std::fs::create_dir_all(&fleece).unwrap();
-        let mut child = Command::new(python)
-            .arg(script)
-            .arg(self.served.path("control"))
-            .args([self.way, kind, &speed.to_string()])
-            .arg(fleece)
-            .args(targets)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (said, told) = (BufReader::new(child.stdout.take().unwrap()), child.stdin.take().unwrap());
-        let mut program = Program { child, said, told };
-        program.hear("ready");
-        program
-    }
-
-    /// Gives the word; when the instant of the backup was.
-    fn take(&self, program: &mut Program) -> Cut {
-        let asked = self.clock.now();
-        program.told.write_all(b"\n").unwrap();
-        program.hear("taken");
-        Cut { name: "backup".to_owned(), asked, answered: self.clock.now() }
+        let (control, words) = (self.served.path("control"), [self.way, kind, &speed.to_string()]);
+        Program::start("backup_client.py", |command| {
+            command.arg(control).args(words).arg(fleece).args(targets);
+        })
     }
 
     /// A backup under load, from its begin to its end, restored and proved.
     fn back_up(&mut self, kind: &str, name: &str, format: &str) {
         let targets = self.targets(name, format);
         let mut program = self.begin(kind, 0, &targets);
-        let cut = self.take(&mut program);
+        let cut = program.take(&self.clock);
         program.hear("done");
-        assert!(program.child.wait().unwrap().success());
+        assert!(program.ends_well());
         assert_eq!(self.served.ask("query-block-jobs", json!({})), json!([]));
         if kind == "incremental" {
             for (target, before) in targets.iter().zip(&self.last) {
@@ -162,7 +172,7 @@ impl Drill {
     fn kill_in_the_midst(&mut self, kind: &str) {
         let targets = self.targets("lost", "qcow2");
         let mut program = self.begin(kind, SLOW, &targets);
-        self.take(&mut program);
+        program.take(&self.clock);
         thread::sleep(Duration::from_millis(100));
         let jobs = self.served.ask("query-block-jobs", json!({}));
         let running = jobs.as_array().unwrap().iter().filter(|job| job["status"] == "running").count();
@@ -208,7 +218,7 @@ fn drill(way: &'static str, cache: &'static str) {
     drill.served.stop();
 }
 
-fn succeeds(arguments: &[&str]) {
+pub(crate) fn succeeds(arguments: &[&str]) {
     let output = qemu_img(arguments);
     assert!(output.status.success(), "qemu-img {arguments:?}: {output:?}");
 }
@@ -217,7 +227,7 @@ fn suffix(path: &Path) -> &str {
     path.extension().unwrap().to_str().unwrap()
 }
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 

@@ -16,21 +16,21 @@ use crate::full::{in_memory, limit};
 use crate::images::qemu_img;
 use crate::served::{Served, Wanted};
 
-const BYTES: u64 = 8 << 20;
-const CHUNK: usize = 64 << 10;
+pub(crate) const BYTES: u64 = 8 << 20;
+pub(crate) const CHUNK: usize = 64 << 10;
 /// Files may not be longer: enough for a new overlay, and not for a backup.
 const LIMIT: u64 = 3 << 20;
 
-fn wanted(disks: usize, format: &'static str) -> Wanted {
+pub(crate) fn wanted(disks: usize, format: &'static str) -> Wanted {
     Wanted { format, cache: "writeback", disks, queues: 1, bytes: BYTES }
 }
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 /// Writes chunks of a disk with what does not compress.
-fn write(served: &Served, disk: usize, chunks: std::ops::Range<u64>, seed: u64) {
+pub(crate) fn write(served: &Served, disk: usize, chunks: std::ops::Range<u64>, seed: u64) {
     let mut driver = Driver::connect(&served.sockets[disk], 1, 1, CHUNK).unwrap();
     let mut random = Random(seed);
     for chunk in chunks {
@@ -42,24 +42,24 @@ fn write(served: &Served, disk: usize, chunks: std::ops::Range<u64>, seed: u64) 
 }
 
 /// A client that keeps the events that come to it.
-struct Listener {
+pub(crate) struct Listener {
     client: Client,
     events: Vec<(String, Value)>,
 }
 
 impl Listener {
-    fn new(served: &Served) -> Self {
+    pub(crate) fn new(served: &Served) -> Self {
         Self { client: served.qmp(), events: Vec::new() }
     }
 
-    fn ask(&mut self, command: &str, arguments: Value) -> Value {
+    pub(crate) fn ask(&mut self, command: &str, arguments: Value) -> Value {
         let Self { client, events } = self;
         let mut keep = |name: &str, data: &Value| events.push((name.to_owned(), data.clone()));
         client.execute(command, arguments, |name, data| keep(name, data)).unwrap()
     }
 
     /// Waits until a job is in one of these states; how it is then.
-    fn await_job(&mut self, id: &str, statuses: &[&str]) -> Value {
+    pub(crate) fn await_job(&mut self, id: &str, statuses: &[&str]) -> Value {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let jobs = self.ask("query-jobs", json!({}));
@@ -73,7 +73,7 @@ impl Listener {
     }
 
     /// Dismisses a job that is over; its error.
-    fn finish(&mut self, id: &str) -> Option<String> {
+    pub(crate) fn finish(&mut self, id: &str) -> Option<String> {
         let job = self.await_job(id, &["concluded"]);
         self.ask("job-dismiss", json!({ "id": id }));
         job["error"].as_str().map(str::to_owned)
@@ -93,7 +93,7 @@ fn told(device: &str, operation: &str, action: &str) -> BTreeSet<String> {
 }
 
 /// A new image, and a node on it.
-fn target(served: &Served, name: &str, format: &str) -> PathBuf {
+pub(crate) fn target(served: &Served, name: &str, format: &str) -> PathBuf {
     let path = served.path(name);
     assert!(qemu_img(&["create", "-q", "-f", format, text(&path), &BYTES.to_string()]).status.success());
     let file = json!({ "driver": "file", "filename": path });
@@ -101,7 +101,7 @@ fn target(served: &Served, name: &str, format: &str) -> PathBuf {
     path
 }
 
-fn dirty(served: &Served, disk: usize) -> u64 {
+pub(crate) fn dirty(served: &Served, disk: usize) -> u64 {
     served.ask("query-block", json!({}))[disk]["inserted"]["dirty-bitmaps"][0]["count"].as_u64().unwrap()
 }
 
@@ -113,7 +113,7 @@ fn increment(disk: &str, target: &str, more: Value) -> Value {
 }
 
 /// The image is what the guest reads.
-fn assert_same(served: &Served, image: &Path, format: &str) {
+pub(crate) fn assert_same(served: &Served, image: &Path, format: &str) {
     let raw = served.path("expected");
     std::fs::write(&raw, served.read(0)).unwrap();
     if format == "qcow2" {

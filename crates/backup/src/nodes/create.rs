@@ -39,6 +39,7 @@ impl Nodes {
         let kind = match options.0 {
             NewImage::File { filename, size, preallocation } => {
                 check_preallocation(preallocation)?;
+                self.own.check(&filename)?;
                 Kind::File { path: filename, size }
             }
             NewImage::Qcow2(asked) => {
@@ -62,6 +63,7 @@ impl Nodes {
         capacity: u64,
     ) -> Result<Arc<Node>> {
         let path = &target.target;
+        self.own.check(path)?;
         if target.mode == NewImageMode::AbsolutePaths {
             let made = match format {
                 ImageFormat::Raw => make_file(path, capacity),
@@ -75,7 +77,7 @@ impl Nodes {
         let file = Reference::Definition(Box::new(file));
         let driver = match format {
             ImageFormat::Raw => Driver::Raw { file },
-            ImageFormat::Qcow2 => Driver::Qcow2 { file },
+            ImageFormat::Qcow2 => Driver::Qcow2 { file, backing: None },
         };
         let _adding = self.adding();
         self.make(NodeOptions::new(driver), &|_| None, &mut Vec::new())

@@ -40,8 +40,13 @@ impl Filter {
         self.is_on.store(is_on, Ordering::Release);
     }
 
+    /// Whether this is its fleecing image.
+    pub(crate) fn has_fleece(&self, node: &Arc<Node>) -> bool {
+        Arc::ptr_eq(&self.fleece, node)
+    }
+
     /// Whether it is put on its disk.
-    pub(super) fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.is_on.load(Ordering::Acquire)
     }
 

@@ -28,7 +28,8 @@ impl NodeOptions {
     pub fn filenames(&self) -> Vec<&Path> {
         match &self.driver {
             Driver::File { filename } | Driver::HostDevice { filename } => vec![filename],
-            Driver::Raw { file } | Driver::Qcow2 { file } | Driver::SnapshotAccess { file } => {
+            // What else than a disk is beneath an image is not opened.
+            Driver::Raw { file } | Driver::Qcow2 { file, .. } | Driver::SnapshotAccess { file } => {
                 file.filenames()
             }
             Driver::CopyBeforeWrite { file, target } => [file.filenames(), target.filenames()].concat(),
@@ -59,6 +60,8 @@ pub(super) enum Driver {
     },
     Qcow2 {
         file: Reference,
+        /// What is beneath it: of use if it is a disk.
+        backing: Option<Reference>,
     },
     CopyBeforeWrite {
         file: Reference,
@@ -184,6 +187,14 @@ impl Reference {
         match self {
             Self::Name(_) => Vec::new(),
             Self::Definition(options) => options.filenames(),
+        }
+    }
+
+    /// The name, if it is one.
+    pub(super) fn name(&self) -> Option<&str> {
+        match self {
+            Self::Name(name) => Some(name),
+            Self::Definition(_) => None,
         }
     }
 

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Poll, Waker};
 
-use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Result, Source, WriteGuard};
+use block::{Disk, Error, ErrorKind, Result};
 use hostio::HostFile;
 use qcow2::{Header, Image, Journal, Mode, Parts};
 
+use snapshot::Pin;
+
+use super::backing::{Backing, Beneath, What};
 use super::{Kind, Node};
 
 /// Changes of tables that may wait in memory, some tens of bytes each.
@@ -59,6 +61,15 @@ impl Writing {
         self.qcow2.clone().ok_or_else(|| incompressible(&self.node.name))
     }
 
+    /// Shows what is beneath the image, if that is the disk of this pin, as it was then.
+    pub(crate) fn show(&self, pin: &Arc<Pin>) {
+        if let Kind::Image { backing: Some(backing), .. } = &self.node.kind
+            && backing.disk == pin.id()
+        {
+            backing.show(pin);
+        }
+    }
+
     /// Has what waits in memory written out if it has become much.
     pub(crate) fn relieve(&self) -> Result<()> {
         match &self.qcow2 {
@@ -80,79 +91,26 @@ pub(crate) fn incompressible(target: &str) -> Error {
     Error::new(ErrorKind::Unsupported, story)
 }
 
-/// Opens a qcow2 image without what is beneath it.
-pub(super) fn open_qcow2(file: Arc<HostFile>, writable: bool) -> Result<Image> {
+/// Opens a qcow2 image without the image that it names as its backing file; `backing` is the disk beneath it, if there is one.
+pub(super) fn open_qcow2(
+    file: Arc<HostFile>,
+    writable: bool,
+    backing: Option<Arc<Backing>>,
+) -> Result<Image> {
     let header = Header::read(&*file)?;
     if header.has_data_file {
         return Err(Error::new(ErrorKind::Unsupported, "it has an external data file"));
     }
-    let beneath = Arc::new(Beneath { capacity: header.capacity, is_none: header.backing_file.is_none() });
+    let what = match backing {
+        Some(backing) => What::Disk(backing),
+        None if header.backing_file.is_none() => What::Nothing,
+        None => What::Unopened,
+    };
+    let beneath = Arc::new(Beneath { capacity: header.capacity, what });
     let mode = match writable {
         // What a backup that was killed leaves is made again, never recovered.
         true => Mode::Writable(Journal::nowhere()?),
         false => Mode::ReadOnly,
     };
     Image::open(Parts::new(file, Some(beneath)), mode)
-}
-
-/// What is beneath a target: its backing file, which is not opened, for a backup writes whole clusters; or nothing yet. An
-/// increment may be put on top of the backup before it when it is restored, so what is zero in it must say so, as if
-/// something else could show.
-#[derive(Debug)]
-struct Beneath {
-    capacity: u64,
-    is_none: bool,
-}
-
-impl Beneath {
-    fn refuse<T>() -> Result<T> {
-        Err(Error::new(ErrorKind::Unsupported, "the backing file of a backup's target is not opened"))
-    }
-}
-
-impl Disk for Beneath {
-    fn capacity(&self) -> u64 {
-        self.capacity
-    }
-
-    fn read_only(&self) -> bool {
-        true
-    }
-
-    fn discard_granularity(&self) -> u32 {
-        512
-    }
-
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<()> {
-        if !self.is_none {
-            return Self::refuse();
-        }
-        out.push(Extent { len: range.len, source: Source::Zero });
-        Ok(())
-    }
-
-    fn resolve_write(&self, _: ByteRange, _: &Waker, _: &mut Vec<Extent>) -> Poll<Result<WriteGuard>> {
-        Poll::Ready(Self::refuse())
-    }
-
-    fn discard(&self, _range: ByteRange, _waker: &Waker) -> Poll<Result<()>> {
-        Poll::Ready(Self::refuse())
-    }
-
-    fn write_zeroes(&self, _range: ByteRange, _unmap: bool, _waker: &Waker) -> Poll<Result<()>> {
-        Poll::Ready(Self::refuse())
-    }
-
-    fn flush(&self) -> Box<dyn Flush> {
-        Box::new(Nothing)
-    }
-}
-
-/// The flush of what is never written.
-struct Nothing;
-
-impl Flush for Nothing {
-    fn step(&mut self, _last: Result<()>, _waker: &Waker) -> Poll<Result<FlushStep>> {
-        Poll::Ready(Ok(FlushStep::Done))
-    }
 }

@@ -109,7 +109,7 @@ impl Plan<'_> {
             MarkChange::Enable(bitmap) | MarkChange::Disable(bitmap) => bitmap == name,
             MarkChange::Merge { target, sources } => target == name || sources.contains(name),
         };
-        let is_backed_up = |disk: &str| self.ready.iter().any(|ready| ready.source.disk() == disk);
+        let is_backed_up = |disk: &str| self.ready.iter().any(|ready| ready.copies(disk));
         let deferred = self.changes.iter().filter_map(|change| match change {
             // What else the transaction does with it would come in the wrong order.
             MarkChange::Clear(name) if is_backed_up(&name.disk) => {

@@ -1,6 +1,6 @@
 //! What is asked of a backup, by itself.
 
-use block::{Error, ErrorKind, Result};
+use block::Result;
 
 use super::invalid;
 use crate::model::{BackupOptions, BitmapMode, Sync};
@@ -8,13 +8,7 @@ use crate::model::{BackupOptions, BitmapMode, Sync};
 /// Whether it makes sense: the rules and words of QEMU's `do_backup_common` (`blockdev.c`, `block/backup.c`).
 pub(super) fn check(options: &BackupOptions) -> Result<()> {
     use BitmapMode::{Never, OnSuccess};
-    let unsupported = |story: &str| Err(Error::new(ErrorKind::Unsupported, story));
     match (options.sync, &options.bitmap, options.bitmap_mode) {
-        (Sync::None, ..) => {
-            return unsupported(
-                "sync 'none' is not there: read the disk through copy-before-write and snapshot-access",
-            );
-        }
         (Sync::Incremental, None, _) => {
             return Err(invalid("must provide a valid bitmap name for 'incremental' sync mode"));
         }
@@ -24,8 +18,11 @@ pub(super) fn check(options: &BackupOptions) -> Result<()> {
         (Sync::Incremental, Some(_), mode) if mode.is_some_and(|mode| mode != OnSuccess) => {
             return Err(invalid("Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"));
         }
-        (Sync::Full | Sync::Top | Sync::Bitmap, Some(_), None) => {
+        (Sync::Full | Sync::Top | Sync::None | Sync::Bitmap, Some(_), None) => {
             return Err(invalid("Bitmap sync mode must be given when providing a bitmap"));
+        }
+        (Sync::None, Some(_), Some(_)) => {
+            return Err(invalid("sync mode 'none' does not produce meaningful bitmap outputs"));
         }
         (Sync::Full | Sync::Top, Some(_), Some(Never)) => {
             return Err(invalid(

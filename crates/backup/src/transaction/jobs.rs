@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use block::{DirtyBitmap, Error, ErrorKind, Result};
-use snapshot::{BitmapLock, DiskCopy, HostedJob, ImageFormat, JobType, Pin, Seat};
+use snapshot::{BitmapLock, HostedJob, ImageFormat, JobType, Pin, Seat};
 
 use super::bitmaps::Staged;
 use super::check::check;
 use super::{Plan, Source, invalid};
-use crate::labor::{Backup, Policies};
+use crate::copying::{Copying, Policies};
+use crate::fleece::Fleece;
+use crate::labor::{Backup, Ending};
 use crate::model::{BackupOptions, BitmapMode, FileTarget, Sync};
 use crate::nodes::{Writing, bitmap_of, incompressible, no_node, not_found};
 
@@ -33,10 +35,22 @@ pub(super) struct Ready {
     pub(super) marked: Option<DirtyBitmap>,
 }
 
+impl Ready {
+    /// Whether it is to copy this disk, so that its success says something of the disk's bitmaps.
+    pub(super) fn copies(&self, disk: &str) -> bool {
+        self.source.disk() == disk && self.options.sync != Sync::None
+    }
+}
+
 impl Plan<'_> {
     pub(super) fn backup(&mut self, options: BackupOptions, target: Target) -> Result<()> {
         check(&options)?;
         let source = self.owner(&options.device)?;
+        if options.sync == Sync::None && matches!(source, Source::Access(_)) {
+            return Err(invalid(
+                "what a snapshot-access node shows does not change: sync 'none' would copy nothing",
+            ));
+        }
         let id = match (&options.job.job_id, &source) {
             (Some(id), _) => id.clone(),
             (None, Source::Disk(disk)) => disk.clone(),
@@ -142,19 +156,21 @@ pub(super) fn begin(ready: Ready, pins: &BTreeMap<String, Arc<Pin>>) -> Result<(
         Source::Access(access) => access.filter.view().pin.clone(),
     };
     let pin = pin.ok_or_else(|| no_node(source.disk()))?;
-    let cleans = options.sync == Sync::Incremental
-        || matches!(options.bitmap_mode, Some(BitmapMode::OnSuccess | BitmapMode::Always));
-    let mut copy = DiskCopy::new(pin.disk(), Arc::clone(target.disk()), marked);
-    if options.compress {
-        copy = copy.compressed(target.compressible()?);
+    let policies = Policies { read: options.on_source_error, write: options.on_target_error };
+    if options.sync == Sync::None {
+        target.show(&pin);
+        return seat.start(Box::new(Fleece { pin, target, policies, compress: options.compress }));
     }
-    let cleaned = cleaned.into_iter().map(|lock| (lock, true));
+    let ending = match (options.sync, options.bitmap_mode) {
+        (Sync::Incremental, _) | (_, Some(BitmapMode::OnSuccess)) => Ending::OnSuccess,
+        (_, Some(BitmapMode::Always)) => Ending::Always,
+        (_, Some(BitmapMode::Never) | None) => Ending::Stays,
+    };
+    let cleaned = cleaned.into_iter().map(|lock| (lock, Ending::OnSuccess));
     let work = Backup {
-        copy,
-        target,
-        policies: Policies { read: options.on_source_error, write: options.on_target_error },
+        copying: Copying::new(&pin, target, marked, options.compress, policies)?,
         pin,
-        bitmaps: lock.map(|lock| (lock, cleans)).into_iter().chain(cleaned).collect(),
+        bitmaps: lock.map(|lock| (lock, ending)).into_iter().chain(cleaned).collect(),
         _access: match source {
             Source::Access(access) => Some(access),
             Source::Disk(_) => None,

@@ -63,6 +63,50 @@ fn a_bitmap_that_is_cleaned_beside_a_backup_is_clean_when_that_has_succeeded() {
     assert_eq!(dirty(&daemon, "vda", "b"), 1 << 16);
 }
 
+/// QEMU's `always`: what was copied is clean though the job has failed, and the next one copies the rest.
+#[test]
+fn a_bitmap_that_is_always_synchronized_holds_what_was_not_copied_and_what_is_new() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    for (sync, recording) in [("bitmap", true), ("full", true), ("bitmap", false)] {
+        let target = bench.target(&daemon, "t");
+        transaction(&daemon, json!([bitmap("add", "vda", "b")])).unwrap();
+        (0..64).for_each(|at| write(&daemon, "vda", at << 16, 1));
+        if !recording {
+            transaction(&daemon, json!([bitmap("disable", "vda", "b")])).unwrap();
+        }
+        let mut slow = incremental("vda", "t", "b");
+        let mode = json!({"sync": sync, "bitmap-mode": "always", "speed": 1 << 20});
+        slow["data"].as_object_mut().unwrap().extend(mode.as_object().unwrap().clone());
+        transaction(&daemon, json!([slow])).unwrap();
+        write(&daemon, "vda", 100 << 16, 2);
+        write(&daemon, "vda", 0, 2);
+        while daemon.manager.jobs()[0].current_progress < 1 << 20 {
+            std::thread::yield_now();
+        }
+        daemon.manager.ask_job("t", JobVerb::Cancel).unwrap();
+        let copied = daemon.manager.jobs()[0].current_progress;
+        assert_eq!(finish(&daemon, "t").as_deref(), Some("Operation canceled"));
+        let new = if recording { 2 << 16 } else { 0 };
+        let (all, left) = (if sync == "full" { SIZE } else { 64 << 16 }, dirty(&daemon, "vda", "b"));
+        // What is in flight when a job is called off is copied to its end.
+        assert!(left <= all - copied + new, "{left} of {all} are dirty, {copied} copied");
+        assert!(left >= 1 << 20, "{left}");
+
+        let expected = content(&daemon, "vda");
+        slow["data"]["speed"] = json!(0);
+        slow["data"]["sync"] = json!("bitmap");
+        transaction(&daemon, json!([slow])).unwrap();
+        assert_eq!(finish(&daemon, "t"), None);
+        assert_eq!(dirty(&daemon, "vda", "b"), 0);
+        let found = std::fs::read(&target).unwrap();
+        assert!(!recording || found == expected, "{sync}");
+        assert!((1..64).all(|at| found[at << 16..][..512] == expected[at << 16..][..512]), "{sync}");
+        transaction(&daemon, json!([bitmap("remove", "vda", "b")])).unwrap();
+        daemon.backups.remove_node("t").unwrap();
+    }
+}
+
 /// What a defect would do.
 struct Defective;
 

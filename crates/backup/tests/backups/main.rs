@@ -4,6 +4,7 @@
 
 mod bench;
 mod ends;
+mod fleeces;
 mod groups;
 mod instants;
 mod races;

@@ -171,6 +171,64 @@ fn a_backup_to_a_file_that_can_not_be_is_refused_and_spares_it() {
     assert!(daemon.manager.jobs().is_empty());
 }
 
+/// `manifest.json`, emptied, is the loss of all disks.
+#[test]
+fn what_is_in_the_state_directory_is_no_target_by_any_name() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    transaction(&daemon, json!([bitmap("add", "vda", "b")])).unwrap();
+    let state = bench.path("state");
+    let [symbolic, hard, folder] = ["symbolic", "hard", "folder"].map(|name| bench.path(name));
+    std::os::unix::fs::symlink(state.join("manifest.json"), &symbolic).unwrap();
+    std::os::unix::fs::symlink(&state, &folder).unwrap();
+    std::fs::hard_link(state.join("manifest.json"), &hard).unwrap();
+    let files = || {
+        let mut found = Vec::new();
+        let mut folders = vec![state.clone()];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap().map(Result::unwrap) {
+                match entry.file_type().unwrap().is_dir() {
+                    true => folders.push(entry.path()),
+                    false => found.push((entry.path(), std::fs::read(entry.path()).unwrap())),
+                }
+            }
+        }
+        found.sort();
+        found
+    };
+    let before = files();
+    let own: Vec<_> = before.iter().map(|(path, _)| path.clone()).collect();
+    assert!(own.contains(&state.join("manifest.json")) && own.len() > 2, "{own:?}");
+    for path in own.iter().chain([&symbolic, &hard, &folder.join("new"), &state.join("new")]) {
+        let refused = |error: &str| assert!(error.contains("is in the state directory"), "{error}");
+        for format in ["raw", "qcow2"] {
+            let action = drive_backup("vda", path, json!({"format": format}));
+            refused(&transaction(&daemon, json!([action])).unwrap_err().to_string());
+        }
+        refused(&create(&daemon, json!({"driver": "file", "filename": path, "size": 4096})).unwrap());
+        let file = json!({"driver": "file", "filename": path});
+        refused(&create(&daemon, json!({"driver": "qcow2", "file": file, "size": 4096})).unwrap());
+        let node = json!({"driver": "raw", "node-name": "n", "file": file});
+        refused(&add(&daemon, node).unwrap_err().to_string());
+        assert!(files() == before, "{}", path.display());
+    }
+    // Nor does an image that is in use lose a byte, whoever uses it.
+    let other = bench.target(&daemon, "t");
+    std::fs::write(&other, vec![5; SIZE as usize]).unwrap();
+    let layers: Vec<_> = daemon.manager.disks()[0].layers.iter().map(|layer| layer.path.clone()).collect();
+    assert_eq!(layers.len(), 2);
+    for path in layers.iter().chain([&other]) {
+        let before = std::fs::read(path).unwrap();
+        for format in ["raw", "qcow2"] {
+            let action = drive_backup("vdb", path, json!({"format": format}));
+            assert_eq!(transaction(&daemon, json!([action])).unwrap_err().kind(), ErrorKind::Busy);
+        }
+        let refused = create(&daemon, json!({"driver": "file", "filename": path, "size": 4096})).unwrap();
+        assert!(refused.contains("in use"), "{refused}");
+        assert!(std::fs::read(path).unwrap() == before);
+    }
+}
+
 #[test]
 fn images_that_are_made_are_what_was_asked_for() {
     let bench = Bench::new();

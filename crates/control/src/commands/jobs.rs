@@ -20,8 +20,7 @@ pub(super) const COMMANDS: &[Command] = &[
     ("job-dismiss", |caller, id| of_job(caller, id, JobVerb::Dismiss)),
     ("block-job-pause", |caller, device| of_block_job(caller, device, JobVerb::Pause)),
     ("block-job-resume", |caller, device| of_block_job(caller, device, JobVerb::Resume)),
-    // `force` is for jobs that would end well when they are called off: there are none.
-    ("block-job-cancel", |caller, device| of_block_job(caller, device, JobVerb::Cancel)),
+    ("block-job-cancel", cancel),
     ("block-job-complete", |caller, device| of_block_job(caller, device, JobVerb::Complete)),
     ("block-job-finalize", |caller, id| of_block_job(caller, id, JobVerb::Finalize)),
     ("block-job-dismiss", |caller, id| of_block_job(caller, id, JobVerb::Dismiss)),
@@ -37,6 +36,13 @@ struct Id {
 struct Device {
     #[serde(alias = "id")]
     device: String,
+}
+
+#[derive(Deserialize)]
+struct Cancel {
+    device: String,
+    #[serde(default)]
+    force: bool,
 }
 
 #[derive(Deserialize)]
@@ -69,6 +75,19 @@ fn of_job(caller: &Caller<'_>, arguments: Arguments, verb: JobVerb) -> Outcome {
 fn of_block_job(caller: &Caller<'_>, arguments: Arguments, verb: JobVerb) -> Outcome {
     let Device { device } = typed(arguments)?;
     caller.service.ask_job(&device, verb).map_err(|error| not_active(&device, &error))?;
+    nothing()
+}
+
+/// A job that still copies something when it is called off leaves that if it is called off once more: `force` is that at
+/// once.
+fn cancel(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
+    let Cancel { device, force } = typed(arguments)?;
+    let ask = || caller.service.ask_job(&device, JobVerb::Cancel);
+    ask().map_err(|error| not_active(&device, &error))?;
+    if force {
+        // It may have ended since.
+        let _ = ask();
+    }
     nothing()
 }
 

@@ -1,5 +1,8 @@
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
 use block::testing::{FaultStorage, MemStorage};
-use block::{RawDisk, Storage};
+use block::{RawDisk, Storage, read_disk};
 use qcow2::{CreateOptions, Journal, Mode, Parts};
 
 use super::*;
@@ -30,7 +33,7 @@ fn bytes() -> Vec<u8> {
 
 fn run(copy: &mut DiskCopy) -> u64 {
     let mut copied = 0;
-    while let Some(len) = copy.step().unwrap() {
+    while let Some(len) = copy.step(u64::MAX).unwrap() {
         copied += len;
     }
     copied
@@ -88,7 +91,7 @@ fn a_piece_that_failed_is_tried_again_or_left_out() {
         let (_, target) = raw(&[9; SIZE]);
         let mut copy = DiskCopy::new(source, Arc::clone(&target), None);
         let failure = loop {
-            match copy.step() {
+            match copy.step(u64::MAX) {
                 Ok(Some(_)) => {}
                 Ok(None) => panic!("nothing failed"),
                 Err(failure) => break failure,
@@ -124,7 +127,7 @@ fn what_can_not_be_read_does_not_hold_up_the_rest() {
     let mut copy = DiskCopy::new(Arc::new(broken), Arc::clone(&target), None);
     let mut left_out = Vec::new();
     loop {
-        match copy.step() {
+        match copy.step(u64::MAX) {
             Ok(Some(_)) => {}
             Ok(None) => break,
             Err(CopyFailure::Read(_)) => left_out.extend(copy.skip()),
@@ -138,4 +141,105 @@ fn what_can_not_be_read_does_not_hold_up_the_rest() {
         let is_left_out = left_out.iter().any(|range| (range.offset..range.end()).contains(&(at as u64)));
         assert!(found == expected || is_left_out, "byte {at}");
     }
+}
+
+/// Whatever fails, and whenever it is asked: what was told is in the target, what is left is not told.
+#[test]
+fn what_is_copied_and_what_is_left_is_the_whole() {
+    let expected: Vec<u8> = (0..SIZE).map(|at| (at / 4096 % 5 * (at % 251)) as u8).collect();
+    for (round, unit) in [(1, 12), (3, 16), (7, 16), (20, 12)] {
+        let (_, source) = raw(&expected);
+        let storage = Arc::new(FaultStorage::new(MemStorage::from(vec![9; SIZE])));
+        let target: Arc<dyn Disk> = Arc::new(RawDisk::new(Arc::clone(&storage) as _, false).unwrap());
+        let marked = DirtyBitmap::new(SIZE as u64, unit).unwrap();
+        (0..SIZE as u64 >> 16)
+            .filter(|at| at % 3 != 1)
+            .for_each(|at| marked.mark(ByteRange { offset: at << 16, len: 1 }));
+        let was_marked = |at: u64| marked.next_dirty(ByteRange { offset: at, len: 1 }).is_some();
+        let mut copy = DiskCopy::new(source, target, None);
+        let others = DirtyBitmap::new(SIZE as u64, unit).unwrap();
+        (0..SIZE as u64)
+            .step_by(1 << unit)
+            .filter(|at| was_marked(*at))
+            .for_each(|at| others.mark(ByteRange { offset: at, len: 1 }));
+        copy.marked = Some(others);
+        let (total, mut copied, mut skipped, mut steps) = (copy.total(), 0, 0, 0);
+        loop {
+            steps += 1;
+            storage.fail_writes(if steps % 4 == 2 { round } else { 0 });
+            match copy.step(if steps % 3 == 0 { 1 << 18 } else { u64::MAX }) {
+                Ok(Some(len)) => copied += len,
+                Ok(None) => break,
+                Err(CopyFailure::Write(_)) if steps % 2 == 0 => skipped += copy.skip().unwrap().len,
+                Err(failure) => assert!(matches!(failure, CopyFailure::Write(_)), "{failure:?}"),
+            }
+            let left = DirtyBitmap::new(SIZE as u64, 12).unwrap();
+            copy.mark_left(&left);
+            assert_eq!(copied + left.dirty_bytes(), total);
+            let found = storage.bytes();
+            for at in (0..SIZE).step_by(GRAIN).filter(|at| was_marked(*at as u64)) {
+                let is_left = left.next_dirty(ByteRange { offset: at as u64, len: 1 }).is_some();
+                assert!(is_left || found[at..at + GRAIN] == expected[at..at + GRAIN], "at {at}");
+            }
+            assert!(steps < 1000);
+        }
+        assert_eq!((copied + skipped, copy.is_whole()), (total, skipped == 0));
+    }
+}
+
+/// One that is read by two threads at once, or not.
+#[derive(Debug, Default)]
+struct Meeting {
+    inner: MemStorage,
+    inside: AtomicUsize,
+    met: AtomicBool,
+}
+
+impl Storage for Meeting {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let until = Instant::now() + Duration::from_secs(10);
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        while !self.met.load(Ordering::SeqCst) && Instant::now() < until {
+            self.met.fetch_or(self.inside.load(Ordering::SeqCst) > 1, Ordering::SeqCst);
+            std::thread::yield_now();
+        }
+        self.inside.fetch_sub(1, Ordering::SeqCst);
+        self.inner.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.inner.write_at(buf, offset)
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.inner.sync()
+    }
+
+    fn len(&self) -> Result<u64> {
+        self.inner.len()
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.inner.set_len(len)
+    }
+
+    fn punch_hole(&self, range: ByteRange) -> Result<()> {
+        self.inner.punch_hole(range)
+    }
+}
+
+#[test]
+fn several_pieces_are_under_way_at_once_and_a_limit_is_kept() {
+    let source = Arc::new(Meeting { inner: MemStorage::from(vec![1; SIZE]), ..Meeting::default() });
+    let disk = Arc::new(RawDisk::new(Arc::clone(&source) as _, true).unwrap());
+    let (_, target) = raw(&[9; SIZE]);
+    let mut copy = DiskCopy::new(disk, Arc::clone(&target), None);
+    source.met.store(true, Ordering::SeqCst);
+    assert_eq!(copy.step(1).unwrap(), Some(PIECE), "a piece is the least");
+    assert!(copy.step(2 * PIECE).unwrap().is_some_and(|copied| copied <= 3 * PIECE));
+    source.met.store(false, Ordering::SeqCst);
+    copy.step(u64::MAX).unwrap();
+    assert!(source.met.load(Ordering::SeqCst), "one piece waited for the other");
+    run(&mut copy);
+    assert!(content(&*target) == vec![1; SIZE]);
 }

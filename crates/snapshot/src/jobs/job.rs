@@ -310,6 +310,11 @@ impl Job {
         state.limit.take(bytes, Instant::now());
     }
 
+    /// How many bytes to copy, or few more, before the next [`pause_point`](Self::pause_point).
+    pub fn allowance(&self) -> u64 {
+        self.state().limit.slice()
+    }
+
     /// Asked between two pieces of work: rests as long as it is paused, copies too fast, or shall be courteous to the
     /// guest (`rest`), and returns when it is to go on.
     pub fn pause_point(&self, rest: Duration) -> std::result::Result<(), Halt> {
@@ -340,6 +345,24 @@ impl Job {
             }
             // At most an hour, after which it is looked at anew: more would overflow some clocks.
             let wait = wait.min(Duration::from_secs(3600));
+            state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Asked between two pieces of what a job still does when it has been called off: rests as long as it copies too fast. An
+    /// error if it was called off once more, or the daemon ends.
+    pub fn closing_point(&self) -> std::result::Result<(), Halt> {
+        let mut state = self.state();
+        loop {
+            match (state.stopped, state.machine.is_insisted()) {
+                (true, _) => return Err(Halt::Stopped),
+                (false, true) => return Err(Halt::Cancelled),
+                (false, false) => {}
+            }
+            let wait = state.limit.wait(Instant::now());
+            if wait.is_zero() {
+                return Ok(());
+            }
             state = self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
     }

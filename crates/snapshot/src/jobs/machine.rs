@@ -93,6 +93,8 @@ pub(crate) struct Machine {
     status: JobStatus,
     paused: bool,
     cancelled: bool,
+    /// Somebody has called it off twice.
+    insisted: bool,
     completed: bool,
     finalized: bool,
 }
@@ -100,7 +102,7 @@ pub(crate) struct Machine {
 impl Machine {
     /// A job that was just made; `paused` if it was when its daemon ended. If `finalized`, its last step needs nobody.
     pub(crate) fn new(paused: bool, finalized: bool) -> Self {
-        Self { status: Created, paused, cancelled: false, completed: false, finalized }
+        Self { status: Created, paused, cancelled: false, insisted: false, completed: false, finalized }
     }
 
     pub(crate) fn status(&self) -> JobStatus {
@@ -127,6 +129,11 @@ impl Machine {
         self.cancelled
     }
 
+    /// Whether somebody has called it off once more, and will not wait for what it does then.
+    pub(crate) fn is_insisted(&self) -> bool {
+        self.insisted
+    }
+
     /// It is decided whether its last step is done: what was asked to the contrary came too late.
     pub(crate) fn settle(&mut self, all_well: bool) {
         (self.finalized, self.cancelled) = (all_well, !all_well);
@@ -148,7 +155,7 @@ impl Machine {
                 return busy("Can't resume a job that was not paused".to_owned());
             }
             Verb::Resume => self.paused = false,
-            Verb::Cancel => self.cancelled = true,
+            Verb::Cancel => (self.insisted, self.cancelled) = (self.cancelled, true),
             Verb::Finalize => self.finalized = true,
             Verb::Complete => self.completed = true,
             Verb::SetSpeed | Verb::Dismiss => {}

@@ -4,6 +4,9 @@ use std::time::{Duration, Instant};
 
 use block::Reading;
 
+/// A limit is kept in slices of so long, as QEMU's is.
+const SLICE: Duration = Duration::from_millis(100);
+
 /// A limit in bytes a second, 0 for none. What was copied is owed, and paid off by time.
 #[derive(Clone, Debug)]
 pub(crate) struct Limit {
@@ -36,6 +39,14 @@ impl Limit {
         self.settle(now);
         if self.speed > 0 {
             self.owed += bytes as f64;
+        }
+    }
+
+    /// How many bytes to copy before it is asked again how long to wait: what may be copied in [`SLICE`].
+    pub(crate) fn slice(&self) -> u64 {
+        match self.speed {
+            0 => u64::MAX,
+            speed => (speed as f64 * SLICE.as_secs_f64()) as u64,
         }
     }
 

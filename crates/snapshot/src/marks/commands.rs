@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 use block::{DirtyBitmap, ErrorKind, Result};
 
 use super::bitmap::{BitmapInfo, BitmapName, Busy, dirty};
-use super::changes::Look;
+use super::changes::{Look, granularity_bits};
 use super::cutting::Pin;
 use super::draft::Draft;
 use super::entry::BitmapEntry;
@@ -42,12 +42,17 @@ impl BitmapLock {
         dirty(&look, entry, at.instant())
     }
 
-    /// Has it be clean at the instant of a pin of its disk: what was written since is dirty, if it records. On stable storage
-    /// when this returns.
-    pub fn restart(&self, at: &Pin) -> Result<()> {
+    /// Has it be clean at the instant of a pin of its disk, but for what `left` marks: besides that what was written since is
+    /// dirty, if it records. On stable storage when this returns.
+    pub fn restart(&self, at: &Pin, left: impl FnOnce(&DirtyBitmap)) -> Result<()> {
         let mut draft = Draft::new(&self.store);
-        let entry = draft.manifest.bitmap_mut(&self.bitmap.disk, &self.bitmap.name)?;
-        (entry.bits, entry.since) = (None, entry.since.map(|_| at.instant()));
+        let (disk, name) = (&self.bitmap.disk, &self.bitmap.name);
+        let granularity = granularity_bits(draft.manifest.bitmap(disk, name)?.granularity.into())?;
+        let dirty = DirtyBitmap::new(at.instant().capacity, granularity)?;
+        left(&dirty);
+        let bits = (dirty.dirty_bytes() > 0).then(|| draft.create(&dirty)).transpose()?;
+        let entry = draft.manifest.bitmap_mut(disk, name)?;
+        (entry.bits, entry.since) = (bits, entry.since.map(|_| at.instant()));
         draft.commit(|_| Ok(()))
     }
 }

@@ -7,10 +7,12 @@ use std::sync::atomic::Ordering;
 use block::{Disk, Error, ErrorKind, Layer, Result, Stack};
 
 use super::bitmap::{Changer, MarkChange};
-use super::changes::{Look, Point};
+use super::changes::{Changes, Look, Point};
 use super::draft::Draft;
 use super::entry::{CheckpointDisk, CheckpointRecord, Instant, PinEntry};
 use super::history::NOW;
+use crate::group::Served;
+use crate::layer::Layer as HeldLayer;
 use crate::manager::Manager;
 use crate::manifest::Manifest;
 use crate::model::{CreateRequest, FreezePolicy, SnapshotRecord};
@@ -49,6 +51,8 @@ pub struct Pin {
     store: Arc<Store>,
     entry: u64,
     id: String,
+    /// The disk itself, by its id.
+    served: BTreeMap<String, Served>,
     instant: Instant,
     disk: Arc<Stack>,
 }
@@ -72,6 +76,16 @@ impl Pin {
     /// The instant, for [`Manager::changes`].
     pub fn point(&self) -> Point {
         Point::Boundary(self.instant.boundary)
+    }
+
+    /// What has been written since then, or may have been. What is written meanwhile may be among it or not.
+    pub fn changes(&self) -> Result<Changes> {
+        let draft = Draft::new(&self.store);
+        Look::new(&self.store, &draft.manifest, &self.served, &self.id)?.changes(
+            &self.point(),
+            &Point::Now,
+            None,
+        )
     }
 
     pub(super) fn instant(&self) -> Instant {
@@ -130,10 +144,8 @@ impl Manager {
         let _change = self.begin()?;
         let draft = Draft::new(&self.store);
         let look = Look::new(&self.store, &draft.manifest, &self.disks, id)?;
-        let top = look.top();
-        let top = top.filter(|top| top.disk().read_only());
-        let top =
-            top.ok_or_else(|| Error::new(ErrorKind::InvalidInput, format!("disk '{id}' is written")))?;
+        let written = || Error::new(ErrorKind::InvalidInput, format!("disk '{id}' is written"));
+        let top = look.top().filter(|top| top.disk().read_only()).ok_or_else(written)?;
         self.pin_layer(id, top, look.now())
     }
 
@@ -183,13 +195,14 @@ impl Manager {
         self.pin_layer(id, held, instant)
     }
 
-    fn pin_layer(&self, id: &str, held: &Arc<crate::layer::Layer>, instant: Instant) -> Result<Pin> {
+    fn pin_layer(&self, id: &str, held: &Arc<HeldLayer>, instant: Instant) -> Result<Pin> {
         let served = self.served(id)?;
         let entry = self.marks.next_pin.fetch_add(1, Ordering::Relaxed);
         let holder = held.entry.number;
         self.store.change_pins(|pins| pins.push(PinEntry { id: entry, disk: id.to_owned(), holder }));
         let disk = served.chain.view(held, served.how);
-        Ok(Pin { store: Arc::clone(&self.store), entry, id: id.to_owned(), instant, disk })
+        let served = BTreeMap::from([(id.to_owned(), served.clone())]);
+        Ok(Pin { store: Arc::clone(&self.store), entry, id: id.to_owned(), served, instant, disk })
     }
 }
 

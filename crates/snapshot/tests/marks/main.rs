@@ -160,7 +160,7 @@ fn a_bitmap_begins_anew_at_the_cut_of_the_backup_that_used_it() {
         assert!(found.contains(&0));
         assert_eq!(found.contains(&256), succeeds, "what a failed backup did not take is for the next one");
         if succeeds {
-            lock.restart(pin).unwrap();
+            lock.restart(pin, |_| {}).unwrap();
         }
     }
     assert_eq!(marked(&manager.bitmap_dirty("vda", "inc").unwrap()), (256..272).collect());

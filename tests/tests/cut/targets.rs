@@ -1,0 +1,131 @@
+//! Targets that go wrong in the midst of a backup: its job may fail, and nobody else is disturbed.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::json;
+
+use crate::faults::{BYTES, CHUNK, Listener, assert_same, dirty, target, text, wanted, write};
+use crate::full::in_memory;
+use crate::served::Served;
+
+/// Bytes a second: slow enough to be met in the midst.
+const SLOW: u64 = 4 << 20;
+
+/// Spoils the target of a backup in its midst. Whatever becomes of the job, the guest, another job and the next backup do not
+/// suffer.
+fn spoil(format: &'static str, harm: fn(&Path)) {
+    let mut served = Served::start_in(in_memory(), wanted(2, "raw"), "");
+    write(&served, 0, 0..BYTES / CHUNK as u64, 1);
+    write(&served, 1, 0..BYTES / CHUNK as u64, 2);
+    let path = target(&served, "t", format);
+    target(&served, "other", "raw");
+    let mut listener = Listener::new(&served);
+    for (disk, node) in [("vd0", "t"), ("vd1", "other")] {
+        let backup =
+            json!({ "device": disk, "target": node, "sync": "full", "speed": SLOW, "auto-dismiss": false });
+        listener.ask("blockdev-backup", backup);
+    }
+    while listener.await_job("vd0", &["running"])["current-progress"].as_u64() < Some(BYTES / 4) {}
+    harm(&path);
+    write(&served, 0, 3..9, 3);
+    // As for QEMU, a file that is gone is written to its end, and one that was cut off grows again; tables that are cut off
+    // are an error.
+    let error = listener.finish("vd0");
+    assert!(error.is_none() || format == "qcow2", "{error:?}");
+    assert_eq!(listener.finish("vd1"), None);
+    served.ask("blockdev-del", json!({ "node-name": "t" }));
+    let next = target(&served, "next", "qcow2");
+    listener.ask(
+        "blockdev-backup",
+        json!({ "device": "vd0", "target": "next", "sync": "full", "auto-dismiss": false }),
+    );
+    assert_eq!(listener.finish("vd0"), None);
+    served.ask("blockdev-del", json!({ "node-name": "next" }));
+    assert_same(&served, &next, "qcow2");
+    served.stop();
+}
+
+#[test]
+fn a_target_that_is_removed_or_cut_off_in_the_midst_disturbs_nobody_else() {
+    for format in ["raw", "qcow2"] {
+        spoil(format, |path| std::fs::remove_file(path).unwrap());
+        spoil(format, |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(0).unwrap());
+    }
+}
+
+/// A device of which the second half gives errors; gone when this is dropped.
+struct Broken {
+    name: String,
+    beneath: String,
+}
+
+impl Broken {
+    /// `None` where the machine has no device mapper, or lets nobody use it.
+    fn new(file: &Path) -> Option<Self> {
+        let run = |program: &str, words: &[&str]| {
+            let output = Command::new(program).args(words).output().ok()?;
+            output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        };
+        std::fs::File::create(file).unwrap().set_len(BYTES).unwrap();
+        let beneath = run("losetup", &["--find", "--show", text(file)])?;
+        let device = Self { name: format!("frazil-broken-{}", std::process::id()), beneath };
+        let half = BYTES / 512 / 2;
+        let table = format!("0 {half} linear {} 0\n{half} {half} error", device.beneath);
+        run("dmsetup", &["create", &device.name, "--table", &table])?;
+        Some(device)
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/dev/mapper").join(&self.name)
+    }
+}
+
+impl Drop for Broken {
+    fn drop(&mut self) {
+        // There may be none of them.
+        let _ = Command::new("dmsetup").args(["remove", "--retry", &self.name]).output();
+        let _ = Command::new("losetup").args(["--detach", &self.beneath]).output();
+    }
+}
+
+/// The page cache takes what is written, and the error comes when it is brought to the device: nothing of that counts as
+/// copied.
+#[test]
+fn a_target_device_that_gives_errors_fails_its_job_and_no_other() {
+    let folder = in_memory();
+    let Some(broken) = Broken::new(&folder.path().join("beneath")) else {
+        eprintln!("no loop device or no device mapper here: not tested");
+        return;
+    };
+    let mut served = Served::start_in(folder, wanted(1, "raw"), "");
+    served.restart_with(&["--sandbox", "off"]);
+    served.ask("block-dirty-bitmap-add", json!({ "node": "vd0", "name": "b", "persistent": true }));
+    write(&served, 0, 0..BYTES / CHUNK as u64, 1);
+    let file = json!({ "driver": "host_device", "filename": broken.path() });
+    served.ask("blockdev-add", json!({ "driver": "raw", "node-name": "t", "file": file }));
+    let path = target(&served, "other", "raw");
+    let mut listener = Listener::new(&served);
+    let backup = |id: &str, target: &str, mode: &str| {
+        json!({ "job-id": id, "device": "vd0", "target": target, "sync": "bitmap", "bitmap": "b",
+            "bitmap-mode": mode, "auto-dismiss": false })
+    };
+    for mode in ["on-success", "always"] {
+        listener.ask("blockdev-backup", backup("bad", "t", mode));
+        let full = json!({ "job-id": "good", "device": "vd0", "target": "other", "sync": "full", "auto-dismiss": false });
+        listener.ask("blockdev-backup", full);
+        assert!(listener.finish("bad").is_some());
+        assert_eq!(listener.finish("good"), None);
+        assert_eq!(dirty(&served, 0), BYTES, "{mode}");
+    }
+    write(&served, 0, 3..9, 2);
+    listener.ask("blockdev-backup", backup("good", "other", "always"));
+    assert_eq!(listener.finish("good"), None);
+    assert_eq!(dirty(&served, 0), 0);
+    for node in ["t", "other"] {
+        served.ask("blockdev-del", json!({ "node-name": node }));
+    }
+    assert_same(&served, &path, "raw");
+    served.stop();
+    drop(broken);
+}
