@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight, VhostUserVringAddrFlags};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -18,6 +19,10 @@ pub type Desc = (u64, u32, u16, u16);
 
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const VERSION_1: u64 = 1 << 32;
+/// Pages that are written to are logged.
+const LOG_ALL: u64 = 1 << 26;
+/// Bytes of such a page, for each of which there is a bit.
+const LOG_PAGE: u64 = 4096;
 
 /// Descriptors in a ring.
 const SIZE: u16 = 64;
@@ -32,10 +37,10 @@ fn negotiate(socket: &Path, without: u64) -> io::Result<Frontend> {
     let mut messages = Frontend::connect(socket, 64).map_err(io::Error::other)?;
     let negotiate = |messages: &mut Frontend| -> vhost::Result<()> {
         messages.set_owner()?;
-        let features = messages.get_features()? & !without;
+        let features = messages.get_features()? & !without & !LOG_ALL;
         messages.set_features(features)?;
         let offered = messages.get_protocol_features()?;
-        messages.set_protocol_features(offered & !VhostUserProtocolFeatures::LOG_SHMFD)?;
+        messages.set_protocol_features(offered)?;
         messages.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
         assert_eq!(features & (PROTOCOL_FEATURES | VERSION_1), PROTOCOL_FEATURES | VERSION_1);
         Ok(())
@@ -163,24 +168,54 @@ impl FrontEnd {
     }
 
     fn start_at(&mut self, ring: usize, next: u16) -> vhost::Result<()> {
-        let base = self.base();
-        let at = base + ring as u64 * RING_STRIDE;
         self.messages().set_vring_num(ring, SIZE)?;
         self.messages().set_vring_base(ring, next)?;
-        let config = VringConfigData {
-            queue_max_size: SIZE,
-            queue_size: SIZE,
-            flags: 0,
-            desc_table_addr: at,
-            avail_ring_addr: at + 0x1000,
-            used_ring_addr: at + 0x2000,
-            log_addr: None,
-        };
-        self.messages().set_vring_addr(ring, &config)?;
+        self.set_addresses(ring, None)?;
         let messages = self.messages.as_mut().unwrap();
         messages.set_vring_call(ring, &self.calls[ring])?;
         messages.set_vring_kick(ring, &self.kicks[ring])?;
         messages.set_vring_enable(ring, true)
+    }
+
+    /// Says where a ring is, and where it is to be logged.
+    fn set_addresses(&mut self, ring: usize, log_addr: Option<u64>) -> vhost::Result<()> {
+        let at = self.base() + Self::table(ring);
+        let flags = if log_addr.is_some() { VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits() } else { 0 };
+        let config = VringConfigData {
+            queue_max_size: SIZE,
+            queue_size: SIZE,
+            flags,
+            desc_table_addr: at,
+            avail_ring_addr: at + 0x1000,
+            used_ring_addr: at + 0x2000,
+            log_addr,
+        };
+        self.messages().set_vring_addr(ring, &config)
+    }
+
+    /// Has the device log the pages that it writes to, in the order in which QEMU begins to. `rings` are running.
+    pub fn log(&mut self, rings: usize) -> vhost::Result<File> {
+        let file: File = memfd_create("log", MemfdFlags::CLOEXEC).map_err(io::Error::from).unwrap().into();
+        let bytes = 2 * REGION / LOG_PAGE / 8;
+        file.set_len(bytes).unwrap();
+        let region =
+            VhostUserDirtyLogRegion { mmap_size: bytes, mmap_offset: 0, mmap_handle: file.as_raw_fd() };
+        self.messages().set_log_base(0, Some(region))?;
+        let features = self.messages().get_features()? & !self.without;
+        self.messages().set_features(features | LOG_ALL)?;
+        for ring in 0..rings {
+            self.set_addresses(ring, Some(Self::table(ring) + 0x2000))?;
+        }
+        Ok(file)
+    }
+
+    /// The pages that are marked in a log; the marks are taken out.
+    pub fn logged(log: &File) -> Vec<u64> {
+        let mut bits = vec![0; (2 * REGION / LOG_PAGE / 8) as usize];
+        log.read_exact_at(&mut bits, 0).unwrap();
+        log.write_all_at(&vec![0; bits.len()], 0).unwrap();
+        let is_marked = |page: &u64| bits[(page / 8) as usize] >> (page % 8) & 1 == 1;
+        (0..2 * REGION / LOG_PAGE).filter(is_marked).collect()
     }
 
     /// Stops ring `ring`, and returns the next available index that the device would take.

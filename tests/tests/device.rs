@@ -8,6 +8,7 @@ mod device {
     mod hostile;
     mod inflight;
     mod messages;
+    mod moved;
     mod parked;
     mod resize;
     mod served;

@@ -1,33 +1,45 @@
-//! Answers: the status byte, the front-end's record, the used ring and the call, in this order.
+//! Answers: the status byte, the log of dirty pages, the front-end's record, the used ring and the call, in this order.
 
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::Bytes;
 
 use crate::complaint::Complaints;
+use crate::dirty::Dirty;
 use crate::guest::Memory;
 use crate::inflight::QueueRecord;
 use crate::slot::Slot;
 use crate::vring::Vring;
 
+/// What a front-end wants to be noted of a ring's answers.
+pub(crate) struct Tracks<'a> {
+    pub(crate) record: Option<&'a QueueRecord>,
+    pub(crate) dirty: &'a Dirty,
+    pub(crate) queue: usize,
+}
+
 /// Writes the used ring entries of these requests, and calls the driver if it wants to be.
 pub(crate) fn answer<'a>(
     vring: &Vring,
     memory: &Memory,
-    record: Option<&QueueRecord>,
+    tracks: &Tracks<'_>,
     ended: impl Iterator<Item = &'a Slot>,
     complaints: &mut Complaints,
 ) {
     let mut state = vring.get_mut();
     let queue = state.get_queue_mut();
+    let (record, marks) = (tracks.record, tracks.dirty.marks(tracks.queue, queue.size()));
     for slot in ended {
         let len = write_status(slot);
+        marks.iter().for_each(|marks| marks.request(slot));
         record.inspect(|record| record.answering(slot.head));
         match queue.add_used(memory, slot.head, len) {
             Ok(()) => drop(record.inspect(|record| record.answered(slot.head, queue.next_used()))),
             Err(error) => complaints.ring("could not write to the used ring", &error),
         }
+        marks.iter().for_each(|marks| marks.entry(queue.next_used()));
     }
+    drop(marks);
     if queue.needs_notification(memory).unwrap_or(true)
         && let Err(error) = vring.call(&state)
     {

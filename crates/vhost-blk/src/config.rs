@@ -62,12 +62,13 @@ pub(crate) fn features(disk: &dyn Disk) -> u64 {
         bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
     }
     let offered = bits.into_iter().fold(0, |all, bit| all | 1 << bit);
-    offered | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    offered | (VhostUserVirtioFeatures::PROTOCOL_FEATURES | VhostUserVirtioFeatures::LOG_ALL).bits()
 }
 
 /// The vhost-user protocol features offered.
 ///
-/// `INFLIGHT_SHMFD` is not the framework's doing: its messages do not get that far (see [`inspect`](crate::inspect)).
+/// `INFLIGHT_SHMFD` and `LOG_SHMFD` are not the framework's doing: their messages do not get that far (see
+/// [`inspect`](crate::inspect)).
 /// Not `RESET_DEVICE`: the framework would forget the negotiated features without stopping the rings.
 pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::CONFIG
@@ -76,6 +77,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::LOG_SHMFD
 }
 
 /// The bytes `offset..offset + size` of the configuration space, zeroes past its end. The message layer has checked

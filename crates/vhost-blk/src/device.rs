@@ -14,8 +14,10 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-use crate::cache::CacheMode;
+use crate::cache::{CacheMode, Field};
 use crate::config;
+use crate::dirty::{Dirty, Log};
+use crate::floor::{Claim, Floor};
 use crate::inflight::{self, Record, Records, Shape};
 use crate::inspect::Calls;
 use crate::maps::Maps;
@@ -35,6 +37,8 @@ pub(crate) struct Device {
     maps: Arc<Maps>,
     records: Records,
     calls: Calls,
+    dirty: Arc<Dirty>,
+    claim: Arc<Claim>,
     /// By which the framework's threads will be told to end. Made beforehand, where that may fail: a thread without one
     /// would never end, and the session neither.
     prepared_exits: Mutex<Vec<(EventConsumer, EventNotifier)>>,
@@ -43,8 +47,9 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(config: &DeviceConfig, cache: Arc<CacheMode>) -> Result<Self> {
-        cache.begin_session();
+    pub(crate) fn new(config: &DeviceConfig, field: &Arc<Field>, floor: &Arc<Floor>) -> Result<Self> {
+        let cache = Arc::new(CacheMode::new(Arc::clone(field)));
+        let (dirty, claim) = (Arc::new(Dirty::new(usize::from(config.queues))), Arc::new(Claim::new(floor)));
         let (maps, records) = (Arc::new(Maps::new()?), Records::default());
         let (mut workers, mut queues, mut exits) = (Vec::new(), Vec::new(), Vec::new());
         for queue in 0..usize::from(config.queues) {
@@ -61,6 +66,8 @@ impl Device {
                 cache: Arc::clone(&cache),
                 maps: Arc::clone(&maps),
                 records: records.clone(),
+                dirty: Arc::clone(&dirty),
+                claim: Arc::clone(&claim),
                 state: Arc::clone(&state),
             })?));
             queues.push(state);
@@ -68,7 +75,7 @@ impl Device {
         }
         let (prepared_exits, exits) = (Mutex::new(exits), Mutex::default());
         let (disk, calls) = (Arc::clone(&config.disk), Calls::new(queues.len()));
-        Ok(Self { disk, cache, workers, queues, maps, records, calls, prepared_exits, exits })
+        Ok(Self { disk, cache, workers, queues, maps, records, calls, dirty, claim, prepared_exits, exits })
     }
 
     /// Has each worker watch its bell, its io_uring and its timer.
@@ -87,10 +94,11 @@ impl Device {
     }
 
     /// Takes no more requests, and waits until those in flight have been answered. The memory may be unmapped
-    /// afterwards.
+    /// afterwards, and another front-end may have the disk.
     pub(crate) fn close(&self) {
         self.queues.iter().for_each(|queue| queue.close());
         self.queues.iter().for_each(|queue| queue.wait_closed(|| self.calls.free()));
+        self.claim.give_up();
     }
 
     /// Memory for a front-end's in-flight record.
@@ -106,11 +114,30 @@ impl Device {
         self.maps.keep(&record)?;
         record.check()?;
         match record.writeback() {
-            Some(on) => self.cache.set_writeback(on),
-            None => record.set_writeback(self.cache.field()),
+            Some(on) if !self.claim.is_refused() => self.cache.set_writeback(on),
+            _ => record.set_writeback(self.cache.field()),
         }
         self.records.set(record);
         Ok(())
+    }
+
+    /// Takes a front-end's log of dirty pages, in the place of the one before it.
+    pub(crate) fn set_log(&self, file: OwnedFd, offset: u64, size: u64) -> Result<()> {
+        let log = Arc::new(Log::map(file, offset, size)?);
+        // From here on it may be touched.
+        self.maps.keep_log(&log)?;
+        self.dirty.set_log(log);
+        Ok(())
+    }
+
+    /// What is logged of the guest's memory.
+    pub(crate) fn dirty(&self) -> &Dirty {
+        &self.dirty
+    }
+
+    /// The session's number.
+    pub(crate) fn session(&self) -> u64 {
+        self.claim.session()
     }
 
     /// The calls of its queues.
@@ -188,11 +215,11 @@ impl VhostUserBackend for Device {
         config::space(&*self.disk, self.queues.len() as u16, self.cache.field(), offset, size)
     }
 
-    /// Only the write cache can be set. Anything else is the guest's mistake, which must not end the session, as an
-    /// error here would.
+    /// Only the write cache can be set, and not while another guest has the disk. Anything else is the guest's mistake,
+    /// which must not end the session, as an error here would.
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         match (offset, bytes) {
-            (config::WRITEBACK_OFFSET, [value @ (0 | 1)]) => {
+            (config::WRITEBACK_OFFSET, [value @ (0 | 1)]) if !self.claim.is_refused() => {
                 tracing::info!(writeback = *value == 1, "the driver set the write cache");
                 self.cache.set_writeback(*value == 1);
                 if let Some(record) = self.records.get() {
@@ -224,6 +251,7 @@ impl VhostUserBackend for Device {
     fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
         if let Some(queue) = self.queues.get(queue_index as usize) {
             queue.wait_idle(|| self.calls.free());
+            self.claim.stopped(queue_index as usize, self.dirty.is_on());
         }
         Ok(())
     }

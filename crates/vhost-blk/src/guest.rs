@@ -12,7 +12,10 @@ use std::sync::Arc;
 use block::{Result, Storage};
 use hostio::Ring;
 use libc::iovec;
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{
+    Address, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, Permissions,
+};
 
 /// The guest's memory map.
 pub(crate) type Memory = GuestMemoryMmap<()>;
@@ -132,6 +135,22 @@ impl GuestBuffer {
     /// Whether `O_DIRECT` takes the iovecs of `range` as they are.
     pub(crate) fn is_aligned(&self, range: Range<usize>, alignment: usize) -> bool {
         self.part(range).iter().all(|found| (found.iov_base.addr() | found.iov_len).is_multiple_of(alignment))
+    }
+
+    /// Where in the guest's memory its bytes are, with those that were taken off the front.
+    pub(crate) fn places(&self) -> impl Iterator<Item = (GuestAddress, u64)> {
+        self.iovecs.iter().enumerate().filter_map(|(index, found)| {
+            let taken: usize = self.taken.iter().filter(|(at, _)| *at == index).map(|(_, bytes)| bytes).sum();
+            let start = found.iov_base.addr().checked_sub(taken)?;
+            let offset = |region: &GuestRegionMmap<()>| {
+                let offset = start.checked_sub(region.as_ptr().addr())?;
+                (offset < region.size()).then_some(offset)
+            };
+            let (region, offset) =
+                self.memory()?.iter().find_map(|region| Some((region, offset(region)?)))?;
+            let addr = region.start_addr().checked_add(offset as u64)?;
+            Some((addr, (taken + found.iov_len) as u64))
+        })
     }
 
     /// All of its iovecs.

@@ -1,6 +1,7 @@
 //! What the framework must not see, or can not do: each message of the front-end's is looked at before it goes on.
 //!
-//! - GET_INFLIGHT_FD and SET_INFLIGHT_FD are answered here.
+//! - GET_INFLIGHT_FD and SET_INFLIGHT_FD are answered here, and so is SET_LOG_BASE: the framework's log has no end, is not
+//!   guarded, and is lost with the memory table. What is to be logged is noted before the message goes on.
 //! - Descriptors must be what the message says. Memory is a file that is long enough, that can be mapped and not more (a
 //!   device's pages are its driver's); kicks, calls and errors are event descriptors: of others some are always readable,
 //!   so that a worker would never sleep, and some never take a write.
@@ -12,7 +13,9 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FileType, fstat};
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::{
+    VhostUserProtocolFeatures, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
+};
 
 use crate::device::Device;
 use crate::inflight::Shape;
@@ -22,7 +25,11 @@ use crate::vring::read_now;
 
 /// The requests that are looked at (vhost-user, "Front-end message types").
 mod request {
+    pub(super) const SET_FEATURES: u32 = 2;
     pub(super) const SET_MEM_TABLE: u32 = 5;
+    pub(super) const SET_LOG_BASE: u32 = 6;
+    pub(super) const SET_LOG_FD: u32 = 7;
+    pub(super) const SET_VRING_ADDR: u32 = 9;
     pub(super) const SET_VRING_KICK: u32 = 12;
     pub(super) const SET_VRING_CALL: u32 = 13;
     pub(super) const SET_VRING_ERR: u32 = 14;
@@ -43,6 +50,15 @@ const REGIONS_AT: usize = 8;
 const REGION: usize = 32;
 const REGION_SIZE_AT: usize = 8;
 const REGION_OFFSET_AT: usize = 24;
+
+/// Bytes of a log's description: its size and its offset in the file.
+const LOG_LEN: usize = 16;
+
+/// A message of a vring's addresses: its bytes, and where in it are the vring's number, its flags, and the used ring's
+/// address in the log.
+const ADDR_LEN: usize = 40;
+const ADDR_FLAGS_AT: usize = 4;
+const ADDR_LOG_AT: usize = 32;
 
 /// Where a message of a vring's descriptor has the vring's number.
 const VRING_MASK: u64 = 0xff;
@@ -73,6 +89,17 @@ impl<'a> Inspector<'a> {
                 check_events(&message)?;
                 self.device.calls().keep(&message)?;
             }
+            request::SET_FEATURES => {
+                let features = message.number().unwrap_or_default();
+                self.device.dirty().set_all(features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);
+            }
+            request::SET_VRING_ADDR => self.note_used(&message),
+            request::SET_LOG_BASE => return self.set_log_base(message),
+            request::SET_LOG_FD => {
+                // Of use for a front-end that sleeps until pages are marked. None does: it may ask for that, and is told nothing.
+                check_events(&message)?;
+                return Ok(Verdict::Answer(self.acknowledge(&message)));
+            }
             request::SET_BACKEND_REQ_FD => {
                 for fd in &message.fds {
                     refuse(file_type(fd) == FileType::Socket, "a channel that is no socket")?;
@@ -102,8 +129,42 @@ impl<'a> Inspector<'a> {
         };
         refuse(is_memory(&file), "an in-flight record that is no file")?;
         self.device.set_record(file, shape).map_err(io::Error::other)?;
+        Ok(Verdict::Answer(self.acknowledge(&message)))
+    }
+
+    /// That all is well, if the message asks for it.
+    fn acknowledge(&self, message: &Message) -> Option<Message> {
         let told = message.needs_reply() && self.features.contains(VhostUserProtocolFeatures::REPLY_ACK);
-        Ok(Verdict::Answer(told.then(|| message.answer(&0_u64.to_ne_bytes(), Vec::new()))))
+        told.then(|| message.answer(&0_u64.to_ne_bytes(), Vec::new()))
+    }
+
+    fn set_log_base(&self, mut message: Message) -> io::Result<Verdict> {
+        let negotiated = self.features.contains(VhostUserProtocolFeatures::LOG_SHMFD);
+        refuse(negotiated, "a log of dirty pages that was not negotiated")?;
+        let (Some(file), true) = (message.fds.pop(), message.fds.is_empty()) else {
+            return Err(io::Error::other("not one log of dirty pages"));
+        };
+        refuse(is_memory(&file), "a log of dirty pages that is no file")?;
+        let payload = message.payload();
+        let (Some(size), Some(offset), LOG_LEN) = (number(payload, 0), number(payload, 8), payload.len())
+        else {
+            return Err(io::Error::other("a malformed description of a log"));
+        };
+        self.device.set_log(file, offset, size).map_err(io::Error::other)?;
+        // Always answered, with what it said.
+        Ok(Verdict::Answer(Some(message.answer(payload, Vec::new()))))
+    }
+
+    /// Notes where a used ring is to be logged, if it is. The framework judges the message.
+    fn note_used(&self, message: &Message) {
+        let payload = message.payload();
+        let word = |at: usize| Some(u32::from_ne_bytes(*payload.get(at..)?.first_chunk()?));
+        let (Some(queue), Some(flags), ADDR_LEN) = (word(0), word(ADDR_FLAGS_AT), payload.len()) else {
+            return;
+        };
+        let logged = flags & VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits() != 0;
+        let used = number(payload, ADDR_LOG_AT).filter(|_| logged);
+        self.device.dirty().set_used(queue as usize, used);
     }
 
     fn shape(&self, message: &Message) -> io::Result<Shape> {
@@ -140,6 +201,10 @@ fn refuse(sound: bool, story: &str) -> io::Result<()> {
     if sound { Ok(()) } else { Err(io::Error::other(format!("the front-end sent {story}"))) }
 }
 
+fn number(bytes: &[u8], at: usize) -> Option<u64> {
+    bytes.get(at..)?.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes))
+}
+
 /// Each region of a memory table, or the one that is added, with its file. That there are as many of these as of those,
 /// the framework judges.
 fn check_memory(message: &Message) -> io::Result<()> {
@@ -148,8 +213,10 @@ fn check_memory(message: &Message) -> io::Result<()> {
         refuse(is_memory(fd), "memory that is no file")?;
     }
     for (fd, region) in message.fds.iter().zip(regions) {
-        let number = |at: usize| region.get(at..)?.first_chunk().map(|bytes| u64::from_ne_bytes(*bytes));
-        let (Some(size), Some(offset)) = (number(REGION_SIZE_AT), number(REGION_OFFSET_AT)) else { continue };
+        let (Some(size), Some(offset)) = (number(region, REGION_SIZE_AT), number(region, REGION_OFFSET_AT))
+        else {
+            continue;
+        };
         refuse(
             is_within(fd, offset, size),
             "memory that is longer than its file, or a piece of a huge page",

@@ -2,7 +2,7 @@
 //!
 //! A map of the guest's memory is guarded (see [`sigbus`]) before a worker may see it, and until no
 //! worker holds on to it any more: only then does its memory go, unless a later map has it too. The same goes for
-//! in-flight records.
+//! in-flight records and logs of dirty pages.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,6 +13,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{fstat, fstatfs};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use crate::dirty::Log;
 use crate::guest::Memory;
 use crate::inflight::Record;
 use crate::sigbus::{self, Guarded};
@@ -35,6 +36,7 @@ struct Kept {
     /// The last one is the current one.
     maps: Vec<Arc<Memory>>,
     records: Vec<Arc<Record>>,
+    logs: Vec<Arc<Log>>,
 }
 
 impl Maps {
@@ -75,6 +77,15 @@ impl Maps {
         Ok(())
     }
 
+    /// Guards a log of dirty pages; until nobody else holds it.
+    pub(crate) fn keep_log(&self, log: &Arc<Log>) -> Result<()> {
+        let mut kept = self.kept();
+        self.guard(&mut kept, log.range())?;
+        kept.logs.push(Arc::clone(log));
+        kept.prune();
+        Ok(())
+    }
+
     /// Lets go of what nobody else holds any more; `true` if nothing but the current map is left to let go of.
     pub(crate) fn prune(&self) -> bool {
         let mut kept = self.kept();
@@ -96,17 +107,19 @@ impl Maps {
 
 impl Kept {
     fn prune(&mut self) {
-        let (maps, records) = (self.maps.len(), self.records.len());
+        let (maps, records, logs) = (self.maps.len(), self.records.len(), self.logs.len());
         // What is unused is unmapped when these go out of scope: after its guards.
         let _maps: Vec<_> =
             self.maps.extract_if(..maps.saturating_sub(1), |map| Arc::strong_count(map) == 1).collect();
         let _records: Vec<_> =
             self.records.extract_if(..records, |record| Arc::strong_count(record) == 1).collect();
-        let Self { guards, maps, records } = self;
+        let _logs: Vec<_> = self.logs.extract_if(..logs, |log| Arc::strong_count(log) == 1).collect();
+        let Self { guards, maps, records, logs } = self;
         let used: Vec<_> = maps
             .iter()
             .flat_map(|map| ranges(map))
             .chain(records.iter().map(|record| record.range()))
+            .chain(logs.iter().map(|log| log.range()))
             .collect();
         guards.retain(|range, _| used.contains(range));
     }

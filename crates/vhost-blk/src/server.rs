@@ -1,4 +1,12 @@
-//! A disk's socket, and one session after the other.
+//! A disk's socket, and the sessions at it.
+//!
+//! ```text
+//!   seat 0 ─▶ door ─▶ wait for a front-end, seat it ─▶ serve it to its end ─┐
+//!   seat 1 ─▶ door ─▶ …                                                     │
+//!      └────────────────────────────────────────────────────────────────────┘
+//! ```
+//! A thread a seat. One is at the door and waits for the next front-end, the other one, if it has none, for the door. Two
+//! are connected at once only while a guest is moved from one to the other, see [`floor`](crate::floor).
 
 use std::io;
 use std::net::Shutdown;
@@ -16,14 +24,19 @@ use rustix::io::Errno;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 
-use crate::cache::CacheMode;
+use crate::cache::Field;
 use crate::device::Device;
 use crate::engine::ID_LEN;
 use crate::errors::OnFailure;
+use crate::floor::Floor;
 use crate::guest::Memory;
 use crate::inspect::Inspector;
 use crate::relay;
 use crate::vring::SharedMemory;
+
+/// Front-ends that may be connected at once: one whose guest runs, and one that its guest is being moved to. Others wait
+/// in the socket's backlog.
+const SEATS: usize = 2;
 
 /// The framework names the queues of a thread in a word's bits.
 const MAX_QUEUES: u16 = 64;
@@ -37,7 +50,10 @@ pub enum SessionEvent {
     /// A front-end has connected. Its queues may not be set up yet.
     Connected,
     /// It is gone, and nothing of it is in flight.
-    Disconnected,
+    Disconnected {
+        /// Others that are still connected.
+        left: usize,
+    },
 }
 
 /// What to serve, and where.
@@ -60,7 +76,7 @@ pub struct DeviceConfig {
     pub parking: Arc<Parking>,
     /// Told of requests that the host could not carry out.
     pub on_failure: OnFailure,
-    /// Told of sessions, from the session's thread: it delays the next one while it runs.
+    /// Told of sessions, of one event after the other, from a session's thread: it delays others while it runs.
     pub on_session: Box<dyn Fn(SessionEvent) + Send + Sync>,
 }
 
@@ -89,47 +105,55 @@ impl DeviceConfig {
 #[derive(Debug)]
 pub struct Server {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
 struct Shared {
-    connected: AtomicBool,
+    /// Front-ends.
+    connected: Mutex<usize>,
+    /// Held by the thread that waits for the next front-end, until that one is seated.
+    door: Mutex<()>,
     stopping: AtomicBool,
     /// Readable once `stopping` is set.
     stop: OwnedFd,
-    session: Mutex<Option<Session>>,
-    cache: Arc<CacheMode>,
+    sessions: Mutex<Vec<Session>>,
+    cache: Arc<Field>,
+    floor: Arc<Floor>,
 }
 
-/// The session that is connected.
+/// A session that is connected.
 #[derive(Debug)]
 struct Session {
+    number: u64,
     front: UnixStream,
     /// On which the front-end is told of changes, if it has given one.
     channel: Option<OwnedFd>,
 }
 
-/// Tells the front-end of a server what has changed.
+/// Tells the front-ends of a server what has changed.
 #[derive(Clone, Debug)]
 pub struct Notifier(Arc<Shared>);
 
 impl Notifier {
-    /// The disk's capacity is another one. `true` if the front-end was told, so that its guest sees it at once. One that
+    /// The disk's capacity is another one. `true` if each front-end was told, so that its guest sees it at once. One that
     /// did not negotiate the feature `BACKEND_REQ` reads it the next time it connects.
     pub fn resized(&self) -> bool {
-        let session = self.0.session();
-        let channel = session.as_ref().and_then(|session| session.channel.as_ref());
-        let told = channel.map(relay::tell_config_change);
-        if let Some(Err(error)) = &told {
-            tracing::warn!("the front-end could not be told of the new size: {error}");
-        }
-        matches!(told, Some(Ok(())))
+        let sessions = lock(&self.0.sessions);
+        let told = |session: &&Session| match session.channel.as_ref().map(relay::tell_config_change) {
+            Some(Ok(())) => true,
+            None => false,
+            Some(Err(error)) => {
+                tracing::warn!("a front-end could not be told of the new size: {error}");
+                false
+            }
+        };
+        sessions.iter().filter(told).count() == sessions.len().max(1)
     }
 }
 
 impl Server {
-    /// Listens at the socket, mode 0600, and serves whoever connects, one after the other. A stale socket file is
+    /// Listens at the socket, mode 0600, and serves whoever connects, the rings of one at a time. A stale socket file is
     /// replaced; [`ErrorKind::Busy`] if somebody listens there.
     pub fn start(config: DeviceConfig) -> Result<Self> {
         config.check()?;
@@ -137,20 +161,28 @@ impl Server {
         let loopback = hostio::Loopback::beside(&config.socket)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?;
         let shared = Arc::new(Shared {
-            connected: AtomicBool::new(false),
+            connected: Mutex::new(0),
+            door: Mutex::new(()),
             stopping: AtomicBool::new(false),
             stop,
-            session: Mutex::new(None),
-            cache: Arc::new(CacheMode::new()),
+            sessions: Mutex::default(),
+            cache: Arc::default(),
+            floor: Arc::default(),
         });
-        let (theirs, name) = (Arc::clone(&shared), format!("{}-session", config.name));
-        let thread = thread::Builder::new().name(name).spawn(move || theirs.run(&config, &socket, &loopback));
-        Ok(Self { shared, thread: Some(thread.context(|| "start the session's thread")?) })
+        let (name, post) = (format!("{}-session", config.name), Arc::new(Post { config, socket, loopback }));
+        // Dropped at an error, it ends those that have been started.
+        let mut server = Self { shared, threads: Vec::new() };
+        for _ in 0..SEATS {
+            let (shared, post) = (Arc::clone(&server.shared), Arc::clone(&post));
+            let thread = thread::Builder::new().name(name.clone()).spawn(move || shared.run(&post));
+            server.threads.push(thread.context(|| "start a session's thread")?);
+        }
+        Ok(server)
     }
 
     /// Whether a front-end is connected.
     pub fn connected(&self) -> bool {
-        self.shared.connected.load(Ordering::Acquire)
+        *lock(&self.shared.connected) > 0
     }
 
     /// The way to tell its front-ends of changes.
@@ -158,7 +190,7 @@ impl Server {
         Notifier(Arc::clone(&self.shared))
     }
 
-    /// Ends the session, if there is one, with all its requests answered, and removes the socket.
+    /// Ends the sessions, with all their requests answered, and removes the socket.
     pub fn stop(mut self) {
         self.end();
     }
@@ -167,14 +199,14 @@ impl Server {
         self.shared.stopping.store(true, Ordering::SeqCst);
         // Only a counter near its end would refuse, and that one is readable.
         let _ = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes());
-        if let Some(session) = &*self.shared.session() {
+        for session in &*lock(&self.shared.sessions) {
             // It may be gone already.
             let _ = session.front.shutdown(Shutdown::Both);
         }
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a session's thread panicked");
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a session's thread panicked");
+            }
         }
     }
 }
@@ -185,20 +217,30 @@ impl Drop for Server {
     }
 }
 
-impl Shared {
-    fn session(&self) -> MutexGuard<'_, Option<Session>> {
-        self.session.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Where front-ends come to, and for which disk.
+struct Post {
+    config: DeviceConfig,
+    socket: hostio::Listener,
+    loopback: hostio::Loopback,
+}
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
     fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    fn run(&self, config: &DeviceConfig, socket: &hostio::Listener, loopback: &hostio::Loopback) {
-        let listener = socket.socket();
-        while self.wait_for_client(listener) {
-            if let Err(error) = self.serve(config, listener, loopback) {
-                tracing::error!(disk = config.name, "could not serve a front-end: {error}");
+    fn run(&self, post: &Post) {
+        loop {
+            let door = lock(&self.door);
+            if !self.wait_for_client(post.socket.socket()) {
+                return;
+            }
+            if let Err(error) = self.serve(post, door) {
+                tracing::error!(disk = post.config.name, "could not serve a front-end: {error}");
                 self.pause();
             }
         }
@@ -220,10 +262,24 @@ impl Shared {
         false
     }
 
-    fn keep(&self, channel: OwnedFd) {
-        if let Some(session) = &mut *self.session() {
+    fn keep(&self, number: u64, channel: OwnedFd) {
+        if let Some(session) = lock(&self.sessions).iter_mut().find(|session| session.number == number) {
             session.channel = Some(channel);
         }
+    }
+
+    /// A front-end is there. Told before it can send a request, so that nobody takes the disk for unused while it is read.
+    fn arrived(&self, config: &DeviceConfig) {
+        let mut connected = lock(&self.connected);
+        *connected += 1;
+        (config.on_session)(SessionEvent::Connected);
+    }
+
+    /// It is gone, with all that was its own.
+    fn left(&self, config: &DeviceConfig) {
+        let mut connected = lock(&self.connected);
+        *connected -= 1;
+        (config.on_session)(SessionEvent::Disconnected { left: *connected });
     }
 
     fn pause(&self) {
@@ -233,18 +289,19 @@ impl Shared {
 
     /// Serves the front-end that waits, to its end. A used daemon can not take another connection, so each gets its
     /// own, and a device with it.
-    fn serve(
-        &self,
-        config: &DeviceConfig,
-        listener: &UnixListener,
-        loopback: &hostio::Loopback,
-    ) -> Result<()> {
+    fn serve(&self, post: &Post, door: MutexGuard<'_, ()>) -> Result<()> {
+        let config = &post.config;
         let memory = SharedMemory::new(Memory::new());
-        let device = Arc::new(Device::new(config, Arc::clone(&self.cache))?);
+        let device = Arc::new(Device::new(config, &self.cache, &self.floor)?);
         let daemon = VhostUserDaemon::new(config.name.clone(), Arc::clone(&device), memory);
+        let mut seated = false;
         let served = match daemon {
             Ok(mut daemon) => {
-                let served = self.converse(config, &device, &mut daemon, listener, loopback);
+                let served = device.watch(&daemon).context(|| "watch a worker's events").and_then(|()| {
+                    self.arrived(config);
+                    seated = true;
+                    self.converse(post, &device, &mut daemon, door)
+                });
                 // The framework leaves the rings running when a front-end goes, or when there was none after all.
                 device.close();
                 served
@@ -256,39 +313,38 @@ impl Shared {
             }
         };
         device.close_exits();
-        if self.connected.swap(false, Ordering::AcqRel) {
-            (config.on_session)(SessionEvent::Disconnected);
+        if seated {
+            self.left(config);
         }
         served
     }
 
+    /// Seats the front-end that waits at the door, and passes on what it says until it goes.
     fn converse(
         &self,
-        config: &DeviceConfig,
+        post: &Post,
         device: &Arc<Device>,
         daemon: &mut VhostUserDaemon<Arc<Device>>,
-        listener: &UnixListener,
-        loopback: &hostio::Loopback,
+        door: MutexGuard<'_, ()>,
     ) -> Result<()> {
-        device.watch(daemon).context(|| "watch a worker's events")?;
-        // Told before it can send a request, so that nobody takes the disk for unused while it is read.
-        self.connected.store(true, Ordering::Release);
-        (config.on_session)(SessionEvent::Connected);
-        let front = hostio::admit(listener.accept()?.0)?;
+        let Post { config, socket, loopback } = post;
+        let front = hostio::admit(socket.socket().accept()?.0)?;
         let framework = loopback.connect()?;
         daemon.start(&mut Listener::from(loopback.listener().try_clone()?)).map_err(|error| other(&error))?;
-        *self.session() = Some(Session { front: front.try_clone()?, channel: None });
+        let number = device.session();
+        lock(&self.sessions).push(Session { number, front: front.try_clone()?, channel: None });
+        drop(door);
         tracing::info!(disk = config.name, "a front-end has connected");
         // Who stops from here on finds the session; who did before is found here.
         let relayed = match self.is_stopping() {
             true => Ok(()),
             false => {
-                let keep = |channel| self.keep(channel);
+                let keep = |channel| self.keep(number, channel);
                 let mut inspector = Inspector::new(device, &keep);
                 relay::run(&front, &framework, device.maps().gone(), |message| inspector.inspect(message))
             }
         };
-        *self.session() = None;
+        lock(&self.sessions).retain(|session| session.number != number);
         // The framework reads to the end what has been passed on.
         drop(framework);
         // Before that is waited for: a worker that its front-end holds up may hold a ring's lock, and is freed here.

@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
-use virtio_queue::Error;
+use virtio_queue::{Error, QueueT};
 use vm_memory::GuestMemoryAtomic;
 
 use crate::guest::Memory;
@@ -151,8 +151,13 @@ impl VringT<SharedMemory> for Vring {
         self.inner.set_queue_next_avail(base);
     }
 
+    /// Only the worker knows where a ring that runs is in its used ring. The framework looks at that ring whenever its
+    /// addresses are told, and when logging begins they are told while it runs: it may look just before an answer.
     fn set_queue_next_used(&self, idx: u16) {
-        self.inner.set_queue_next_used(idx);
+        let mut state = self.inner.get_mut();
+        if !state.get_queue().ready() {
+            state.get_queue_mut().set_next_used(idx);
+        }
     }
 
     fn queue_used_idx(&self) -> Result<u16, Error> {

@@ -25,12 +25,14 @@ use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestAddressSpace, Permissions};
 
-use crate::answer::answer;
+use crate::answer::{Tracks, answer};
 use crate::cache::CacheMode;
 use crate::chain::{Chain, Table};
 use crate::complaint::Complaints;
+use crate::dirty::{Dirty, Marks};
 use crate::engine::{Engine, ID_LEN};
 use crate::errors::{Errors, OnFailure};
+use crate::floor::Claim;
 use crate::guest::{Hold, Memory};
 use crate::inflight::{QueueRecord, Records};
 use crate::lot::Lot;
@@ -69,6 +71,8 @@ pub(crate) struct Parts {
     pub(crate) cache: Arc<CacheMode>,
     pub(crate) maps: Arc<Maps>,
     pub(crate) records: Records,
+    pub(crate) dirty: Arc<Dirty>,
+    pub(crate) claim: Arc<Claim>,
     pub(crate) state: Arc<QueueState>,
 }
 
@@ -80,7 +84,7 @@ enum Popped {
     /// The ring is empty.
     Empty,
     /// The ring may hold requests, but none may be taken now. Whoever changes that wakes the worker: the gate's waker,
-    /// a completion that frees a slot, or the session that starts the ring.
+    /// a completion that frees a slot, the session that starts the ring, or one that gives up the floor.
     Blocked,
 }
 
@@ -112,6 +116,8 @@ pub(crate) struct Worker {
     record: Option<QueueRecord>,
     /// Heads that are to be submitted again, before anything new is.
     again: VecDeque<u16>,
+    dirty: Arc<Dirty>,
+    claim: Arc<Claim>,
     complaints: Complaints,
 }
 
@@ -147,6 +153,8 @@ impl Worker {
             records: parts.records,
             record: None,
             again: VecDeque::new(),
+            dirty: parts.dirty,
+            claim: parts.claim,
             complaints: complaints(),
             state: parts.state,
         })
@@ -212,11 +220,15 @@ impl Worker {
             self.complaints.ring("could not call the driver", &error);
         }
         let queue = state.get_queue_mut();
-        if vring.take_started()
-            && let Err(error) = self.start(queue)
-        {
-            vring.put_started();
-            return self.broken(&error);
+        if vring.take_started() {
+            if !self.claim.take(self.queue, &self.state.bell) {
+                vring.put_started();
+                return Popped::Blocked;
+            }
+            if let Err(error) = self.start(queue) {
+                vring.put_started();
+                return self.broken(&error);
+            }
         }
         let next = Wrapping(queue.next_avail());
         let waiting = match queue.avail_idx::<Memory>(&self.hold, Ordering::Acquire) {
@@ -239,6 +251,7 @@ impl Worker {
         let hold = Arc::clone(&self.hold);
         let memory: &Memory = &hold;
         queue.disable_notification(memory)?;
+        self.dirty.marks(self.queue, queue.size()).iter().for_each(Marks::notification);
         let table = Table { addr: GuestAddress(queue.desc_table()), size: queue.size() };
         let mut offered = queue.iter(memory)?;
         let (mut blocked, all) = (false, waiting + self.again.len());
@@ -314,7 +327,8 @@ impl Worker {
         let count = self.engine.finished.len();
         {
             let ended = self.engine.finished.iter().filter_map(|index| self.slots.get(usize::from(*index)));
-            answer(vring, &self.hold, self.record.as_ref(), ended, &mut self.complaints);
+            let tracks = Tracks { record: self.record.as_ref(), dirty: &self.dirty, queue: self.queue };
+            answer(vring, &self.hold, &tracks, ended, &mut self.complaints);
         }
         for index in self.engine.finished.drain(..) {
             if let Some(slot) = self.slots.get_mut(usize::from(index)) {
@@ -395,7 +409,8 @@ impl Worker {
             requests = all.len(),
             "requests that waited for the host end with an error: their ring stops"
         );
-        answer(vring, &self.hold, self.record.as_ref(), all.iter(), &mut self.complaints);
+        let tracks = Tracks { record: self.record.as_ref(), dirty: &self.dirty, queue: self.queue };
+        answer(vring, &self.hold, &tracks, all.iter(), &mut self.complaints);
         self.state.answered(all.len());
     }
 
@@ -424,7 +439,9 @@ impl Worker {
         if !vring.get_queue().ready() {
             return false;
         }
-        let more = vring.get_queue_mut().enable_notification(&**self.hold);
+        let queue = vring.get_queue_mut();
+        let more = queue.enable_notification(&**self.hold);
+        self.dirty.marks(self.queue, queue.size()).iter().for_each(Marks::notification);
         more.unwrap_or_else(|error| {
             self.complaints.ring("could not ask for kicks", &error);
             false

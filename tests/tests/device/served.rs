@@ -49,7 +49,7 @@ impl Served {
             parking: Arc::clone(&parking),
             on_failure: Arc::new(move |failure| drop(sender.send(failure))),
             on_session: Box::new(move |event| {
-                if event == SessionEvent::Disconnected {
+                if matches!(event, SessionEvent::Disconnected { .. }) {
                     count.fetch_add(1, Ordering::SeqCst);
                 }
             }),

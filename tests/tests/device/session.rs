@@ -33,18 +33,27 @@ fn two_hundred_front_ends_leave_nothing_behind() {
     });
 }
 
+/// A second one may ask, as the QEMU does that a guest is to be moved to, and a third one waits outside.
 #[test]
-fn a_second_front_end_waits_for_the_first_to_go() {
+fn a_second_front_end_is_not_served_before_the_first_has_gone() {
     let (served, _) = Served::memory(MIB, 1);
     let mut first = Driver::connect(&served.socket, 1, 1, 4096).unwrap();
-    let path = served.socket.clone();
-    let second = std::thread::spawn(move || Driver::connect(&path, 1, 1, 4096).unwrap().capacity().unwrap());
-    std::thread::sleep(Duration::from_millis(50));
-    assert!(!second.is_finished());
     assert_eq!(first.queues[0].ask(Request::Write(0)), 0);
-    assert!(served.server.connected());
+    let mut second = Driver::connect(&served.socket, 1, 1, 4096).unwrap();
+    assert_eq!(second.capacity().unwrap(), MIB as u64);
+    let path = served.socket.clone();
+    let third = std::thread::spawn(move || Driver::connect(&path, 1, 1, 4096).unwrap().capacity().unwrap());
+    let (queue, mut back) = (&mut second.queues[0], Vec::new());
+    queue.queue(0, Request::Read(0)).unwrap();
+    queue.kick().unwrap();
+    queue.wait_for(&mut back, Duration::from_millis(50)).unwrap();
+    assert!(back.is_empty() && !third.is_finished());
+    assert_eq!(first.queues[0].ask(Request::Write(0)), 0);
     drop(first);
-    assert_eq!(second.join().unwrap(), MIB as u64);
+    queue.wait(&mut back).unwrap();
+    assert_eq!(back, [(0, 0)]);
+    assert!(served.server.connected());
+    assert_eq!(third.join().unwrap(), MIB as u64);
 }
 
 /// The memory goes away under requests that are still in the kernel's hands.

@@ -159,7 +159,9 @@ fn start_device(manager: &Arc<Manager>, disk: &config::DiskConfig) -> Result<Ser
         pulse: Arc::clone(chain.pulse()),
         parking: Arc::clone(chain.parking()),
         on_failure: tell_failures(Arc::clone(manager), disk.id.clone()),
-        on_session: Box::new(move |event| told.set_connected(event == SessionEvent::Connected)),
+        on_session: Box::new(move |event| {
+            told.set_connected(event != SessionEvent::Disconnected { left: 0 });
+        }),
     };
     Server::start(config).context(|| format!("serve disk {} at {}", disk.id, disk.socket.display()))
 }

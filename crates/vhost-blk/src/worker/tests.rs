@@ -39,9 +39,11 @@ fn worker(guest: &Memory, disk: Arc<dyn Disk>) -> (Worker, Vring) {
         pulse: Arc::default(),
         parking: Arc::default(),
         on_failure: Arc::new(|_| {}),
-        cache: Arc::new(CacheMode::new()),
+        cache: Arc::new(CacheMode::new(Arc::default())),
         maps,
         records: Records::default(),
+        dirty: Arc::new(Dirty::new(1)),
+        claim: Arc::new(Claim::new(&Arc::default())),
         state: Arc::new(QueueState::new().unwrap()),
     });
     let vring = Vring::new(memory, 256).unwrap();
