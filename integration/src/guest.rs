@@ -3,21 +3,23 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::process::tail;
 use crate::{Error, Image, Process, Qmp, Result, Scratch, eventually};
 use control::Control;
 
 mod control;
+mod hardware;
 mod work;
 
+pub use hardware::{Driver, Hardware};
 pub use work::{FileSystem, Kind, Progress};
 
 /// An emulated machine on a busy host is slow, so waits are long; they matter only when something is wrong.
 const BOOT: Duration = Duration::from_secs(90);
-/// Room for some hundreds of MiB of dirty page cache; the host spends only what the guest touches.
-const MEMORY_MIB: u32 = 1024;
+/// The limit of [`Guest::move_to`].
+const MOVE: Duration = Duration::from_secs(180);
 /// The limit of [`Guest::run`].
 const COMMAND: Duration = Duration::from_secs(60);
 
@@ -25,7 +27,7 @@ const COMMAND: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug)]
 enum Disk {
     /// Served by a vhost-user-blk back-end.
-    VhostUser { socket: PathBuf, queues: u16 },
+    VhostUser { socket: PathBuf },
     /// An image that QEMU opens itself.
     Image { path: PathBuf, format: &'static str },
 }
@@ -36,13 +38,22 @@ pub struct Builder<'a> {
     scratch: &'a Scratch,
     name: &'a str,
     disks: Vec<Disk>,
+    hardware: Hardware,
+    incoming: Option<PathBuf>,
 }
 
 impl Builder<'_> {
-    /// Adds a disk that a vhost-user-blk back-end serves, with [`Guest::QUEUES`] queues.
+    /// Adds a disk that a vhost-user-blk back-end serves.
     #[must_use]
     pub fn vhost_user_disk(mut self, socket: impl Into<PathBuf>) -> Self {
-        self.disks.push(Disk::VhostUser { socket: socket.into(), queues: Guest::QUEUES });
+        self.disks.push(Disk::VhostUser { socket: socket.into() });
+        self
+    }
+
+    /// Another machine than the default one.
+    #[must_use]
+    pub fn hardware(mut self, hardware: Hardware) -> Self {
+        self.hardware = hardware;
         self
     }
 
@@ -53,7 +64,14 @@ impl Builder<'_> {
         self
     }
 
-    /// Starts QEMU and waits until the guest takes commands.
+    /// Has QEMU wait for another one's guest, at this socket: [`Guest::move_to`].
+    #[must_use]
+    pub fn incoming(mut self, socket: impl Into<PathBuf>) -> Self {
+        self.incoming = Some(socket.into());
+        self
+    }
+
+    /// Starts QEMU and waits until the guest takes commands, or until QEMU waits for it.
     ///
     /// # Errors
     /// With the end of the guest's console and of QEMU's log.
@@ -69,13 +87,20 @@ impl Builder<'_> {
             Ok(UnixStream::connect(&control).ok())
         })?;
         let mut control = Control::new(connected);
-        if let Err(error) = control.wait_until_ready(BOOT) {
+        let ready = match &self.incoming {
+            Some(socket) => {
+                eventually("QEMU to wait for a guest", BOOT, || Ok(socket.exists().then_some(())))
+            }
+            None => control.wait_until_ready(BOOT),
+        };
+        if let Err(error) = ready {
             return Err(error.with("console", &tail(&console)).with("QEMU", &qemu.log_tail()));
         }
         Ok(Guest { qemu, control, console, qmp, agent: path("agent") })
     }
 
     fn arguments(&self, image: &Image, console: &Path, control: &Path, qmp: &Path) -> Vec<String> {
+        let hardware = &self.hardware;
         let mut arguments: Vec<String> = Vec::new();
         let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
         for accelerator in accelerators() {
@@ -83,8 +108,8 @@ impl Builder<'_> {
         }
         add("-machine", "q35,memory-backend=memory".to_owned());
         // A back-end maps the guest's memory, so it is shared. `max` has RDRAND: mkfs need not wait for entropy.
-        add("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", MEMORY_MIB));
-        add("-m", format!("{}M", MEMORY_MIB));
+        add("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", hardware.memory_mib));
+        add("-m", hardware.memory());
         add("-cpu", "max".to_owned());
         // An emulated guest of two processors at times loses a timer of the second one, and hangs, when the host is busy.
         add("-smp", "1".to_owned());
@@ -104,13 +129,14 @@ impl Builder<'_> {
         }
         for (index, disk) in self.disks.iter().enumerate() {
             match disk {
-                Disk::VhostUser { socket, queues } => {
+                Disk::VhostUser { socket } => {
                     // Without reconnecting, the disk would hang for ever when the back-end restarts.
                     add(
                         "-chardev",
                         format!("socket,id=disk{index},path={},reconnect-ms=100", socket.display()),
                     );
-                    add("-device", format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}"));
+                    let rings = hardware.rings();
+                    add("-device", format!("vhost-user-blk-pci,chardev=disk{index},{rings}"));
                 }
                 Disk::Image { path, format } => {
                     add(
@@ -124,7 +150,13 @@ impl Builder<'_> {
                 }
             }
         }
-        arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(String::from));
+        arguments.extend(["-nodefaults", "-no-user-config"].map(String::from));
+        if let Some(socket) = &self.incoming {
+            arguments.extend(["-incoming".to_owned(), format!("unix:{}", socket.display())]);
+        }
+        if !hardware.resets {
+            arguments.push("-no-reboot".to_owned());
+        }
         arguments
     }
 }
@@ -145,7 +177,7 @@ impl Guest {
 
     /// A guest named `name`; its sockets and logs go to `scratch` under that name.
     pub fn builder<'a>(scratch: &'a Scratch, name: &'a str) -> Builder<'a> {
-        Builder { scratch, name, disks: Vec::new() }
+        Builder { scratch, name, disks: Vec::new(), hardware: Hardware::default(), incoming: None }
     }
 
     /// Where a guest of that name has its agent's socket, so that a daemon can be told before the guest boots.
@@ -177,6 +209,24 @@ impl Guest {
     /// A new connection to QEMU's own monitor.
     pub fn monitor(&self) -> Result<Qmp> {
         Qmp::connect(&self.qmp)
+    }
+
+    /// Moves the guest to the QEMU that waits for it at `socket`, while it runs. This one is left without a guest.
+    pub fn move_to(&mut self, socket: &Path) -> Result<()> {
+        let mut monitor = self.monitor()?;
+        // An emulated guest makes pages dirty slowly, and a busy host sends them slowly.
+        monitor
+            .execute("migrate-set-parameters", json!({"downtime-limit": 2000, "max-bandwidth": 1 << 30}))?;
+        monitor.execute("migrate", json!({"uri": format!("unix:{}", socket.display())}))?;
+        eventually("the guest's move", MOVE, || {
+            let state = monitor.execute("query-migrate", json!({}))?;
+            match state.get("status").and_then(Value::as_str) {
+                Some("completed") => Ok(Some(())),
+                Some("failed" | "cancelled") => Err(Error::new(format!("the guest's move: {state}"))),
+                _ => Ok(None),
+            }
+        })
+        .map_err(|error| error.with("QEMU", &self.qemu.log_tail()))
     }
 
     /// The socket of the guest's agent.

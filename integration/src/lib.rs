@@ -31,7 +31,7 @@ mod wait;
 
 pub use daemon::{Daemon, Served, Snapshot, SnapshotDisk};
 pub use error::{Context, Error, Result};
-pub use guest::{Builder, FileSystem, Guest, Kind, Progress};
+pub use guest::{Builder, Driver, FileSystem, Guest, Hardware, Kind, Progress};
 pub use image::{Image, program};
 pub use process::Process;
 pub use pull::{pull_all, pull_changes};

@@ -95,8 +95,13 @@ pub fn verify_images(
     Ok(verdicts)
 }
 
-/// Mounts a disk, which replays what there is to replay, and checks the writers' files.
-fn check_files(guest: &mut Guest, disk: &str, expectation: &Expectation, frozen: bool) -> Result<()> {
+/// Mounts a disk, which replays what there is to replay, checks the writers' files, and unmounts it.
+pub(crate) fn check_files(
+    guest: &mut Guest,
+    disk: &str,
+    expectation: &Expectation,
+    frozen: bool,
+) -> Result<()> {
     let file_system = expectation.file_system;
     let unreplayed = if frozen && file_system == FileSystem::Xfs {
         guest.mount(disk, file_system, "ro,norecovery")?;
