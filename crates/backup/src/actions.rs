@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use block::{Error, ErrorKind, Result};
-use snapshot::{ClientId, CutRequest, FreezePolicy, HostedJob, JobType, Manager, Pin};
+use snapshot::{ClientId, CutRequest, FreezePolicy, HostedJob, JobType, Manager, MarkChange, Pin};
 
 use crate::address::Sockets;
 use crate::exports::Exports;
@@ -156,20 +156,46 @@ impl Backups {
     /// Cuts disks at one instant, without a word to the guest: whoever speaks QMP to a disk freezes the guest itself. A
     /// read-only disk is taken as it is.
     pub(crate) fn cut(&self, disks: Vec<String>) -> Result<Vec<Arc<Pin>>> {
-        let (unchanging, disks): (Vec<_>, Vec<_>) =
-            disks.into_iter().partition(|disk| self.is_read_only(disk));
-        let mut pins =
-            unchanging.iter().map(|disk| self.manager.pin_read_only(disk)).collect::<Result<Vec<_>>>()?;
-        if !disks.is_empty() {
-            let request =
-                CutRequest { snapshot: None, disks: Some(disks), freeze: Some(FreezePolicy::Never) };
-            pins.extend(self.manager.cut_with(request, &[])?.pins);
-        }
+        let pins = self.pin(disks, |cut| Ok(quiet_cut(cut)), &[], |_| Ok(()))?;
         Ok(pins.into_iter().map(Arc::new).collect())
+    }
+
+    /// Disks at one instant: those that are read-only as they are, the others at the cut that `request` makes of them, or at
+    /// none. Marks change with it, after `read` has looked at them; if that fails, none does.
+    pub(crate) fn pin(
+        &self,
+        disks: Vec<String>,
+        request: impl FnOnce(Vec<String>) -> Result<Option<CutRequest>>,
+        changes: &[MarkChange],
+        read: impl FnOnce(&[&Pin]) -> Result<()>,
+    ) -> Result<Vec<Pin>> {
+        let (unchanging, cut): (Vec<_>, Vec<_>) = disks.into_iter().partition(|disk| self.is_read_only(disk));
+        let pins = unchanging.iter().map(|disk| self.manager.pin_read_only(disk));
+        let mut pins = pins.collect::<Result<Vec<_>>>()?;
+        match request(cut)? {
+            Some(request) => {
+                let read = |cut: &[Pin]| read(&cut.iter().chain(&pins).collect::<Vec<_>>());
+                let taken = self.manager.cut_reading(request, changes, read)?;
+                pins.extend(taken.pins);
+            }
+            None => {
+                read(&pins.iter().collect::<Vec<_>>())?;
+                if !changes.is_empty() {
+                    self.manager.change_marks(changes)?;
+                }
+            }
+        }
+        Ok(pins)
     }
 
     /// Whether a disk has one state for ever.
     pub(crate) fn is_read_only(&self, disk: &str) -> bool {
         self.manager.disks().iter().any(|found| found.id == disk && found.read_only)
     }
+}
+
+/// A cut of disks without a snapshot and without a word to the guest; none of no disks.
+pub(crate) fn quiet_cut(disks: Vec<String>) -> Option<CutRequest> {
+    let freeze = Some(FreezePolicy::Never);
+    (!disks.is_empty()).then(|| CutRequest { snapshot: None, disks: Some(disks), freeze })
 }

@@ -15,6 +15,9 @@
 //! what `snapshot-access` shows is the layers beneath. So the fleecing image stays empty, the guest never waits for a
 //! backup, and none of the filter's errors and time-outs can happen.
 //!
+//! The same view is what an image over a disk shows (`backing`), to which a backup with `sync: none` goes or such a filter; the job
+//! copies what was overwritten at its end.
+//!
 //! # Lifecycle
 //! A node lives until `blockdev-del`, and not beyond the daemon, as in QEMU. It can not go while a job, an export or another
 //! node uses it. A job is on the daemon's list of jobs (`snapshot`, `Labor`), and ends with the daemon.

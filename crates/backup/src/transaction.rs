@@ -17,12 +17,12 @@ use std::sync::Arc;
 
 use block::{DirtyBitmap, Error, ErrorKind, Result};
 use snapshot::{
-    BitmapLock, BitmapName, ClientId, CreateRequest, CutRequest, DeleteRequest, FreezePolicy, JobGroup,
-    JobOptions, JobVerb, MarkChange, Pin,
+    BitmapLock, BitmapName, ClientId, CreateRequest, CutRequest, DeleteRequest, JobGroup, JobOptions,
+    JobVerb, MarkChange, Pin,
 };
 use tracing::warn;
 
-use crate::actions::{Backups, Named};
+use crate::actions::{Backups, Named, quiet_cut};
 use crate::model::{Action, BackupRequest, CompletionMode, DriveBackupRequest};
 use crate::nodes::{Access, Filter, Kind, View};
 use bitmaps::{NodeChange, Staged, To};
@@ -132,16 +132,16 @@ impl<'a> Plan<'a> {
     }
 
     /// The cut of these disks. A snapshot is of all that it names, or of all that can change.
-    fn cut_request(&self, cut: Vec<String>) -> Result<CutRequest> {
+    fn cut_request(&self, cut: Vec<String>) -> Result<Option<CutRequest>> {
         let Some(CreateRequest { name, disks, freeze }) = self.snapshot.clone() else {
-            return Ok(CutRequest { snapshot: None, disks: Some(cut), freeze: Some(FreezePolicy::Never) });
+            return Ok(quiet_cut(cut));
         };
         let is_without = |disk: &&String| disks.as_ref().is_some_and(|named| !named.contains(disk));
         if let Some(disk) = cut.iter().find(is_without) {
             let story = format!("the transaction cuts disk '{disk}', which snapshot '{name}' does not name");
             return Err(invalid(&story));
         }
-        Ok(CutRequest { snapshot: Some(name), disks, freeze })
+        Ok(Some(CutRequest { snapshot: Some(name), disks, freeze }))
     }
 
     /// What a filter shows is about to be read: as it is at the cut, unless somebody has begun to read it before.
@@ -206,27 +206,20 @@ impl<'a> Plan<'a> {
 
     /// The cut, if one is needed, and the changes of bitmaps, all or none; the disks as they are at it.
     fn take_cut(&mut self, is_cut: &mut bool) -> Result<BTreeMap<String, Arc<Pin>>> {
-        let manager = &self.backups.manager;
-        self.disks.extend(manager.disks_to_cut(&self.changes));
-        let (unchanging, cut): (Vec<_>, Vec<_>) =
-            self.disks.iter().cloned().partition(|disk| self.backups.is_read_only(disk));
-        let mut pins =
-            unchanging.iter().map(|disk| manager.pin_read_only(disk)).collect::<Result<Vec<_>>>()?;
-        let read;
-        if cut.is_empty() && self.snapshot.is_none() {
-            read = self.read(&pins.iter().collect::<Vec<_>>())?;
-            manager.change_marks(&self.changes)?;
-        } else {
-            let mut found = Read::default();
-            let taken = manager.cut_reading(self.cut_request(cut)?, &self.changes, |cut| {
+        self.disks.extend(self.backups.manager.disks_to_cut(&self.changes));
+        let disks = self.disks.iter().cloned().collect();
+        let mut found = Read::default();
+        let pins = self.backups.pin(
+            disks,
+            |cut| self.cut_request(cut),
+            &self.changes,
+            |pins| {
                 *is_cut = true;
-                found = self.read(&cut.iter().chain(&pins).collect::<Vec<_>>())?;
+                found = self.read(pins)?;
                 Ok(())
-            })?;
-            pins.extend(taken.pins);
-            read = found;
-        }
-        self.note(read);
+            },
+        )?;
+        self.note(found);
         Ok(pins.into_iter().map(|pin| (pin.id().to_owned(), Arc::new(pin))).collect())
     }
 

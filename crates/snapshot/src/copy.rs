@@ -142,7 +142,11 @@ impl DiskCopy {
     pub fn skip(&mut self) -> Option<ByteRange> {
         let longest = self.longest();
         let piece = Piece::next_of(&mut self.pieces, longest)?;
-        self.left_out.push(piece.range);
+        // Where nothing can be copied any more there is one range, not millions.
+        match self.left_out.last_mut().filter(|last| last.end() == piece.range.offset) {
+            Some(last) => last.len += piece.range.len,
+            None => self.left_out.push(piece.range),
+        }
         Some(piece.range)
     }
 
