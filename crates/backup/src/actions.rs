@@ -197,5 +197,5 @@ impl Backups {
 /// A cut of disks without a snapshot and without a word to the guest; none of no disks.
 pub(crate) fn quiet_cut(disks: Vec<String>) -> Option<CutRequest> {
     let freeze = Some(FreezePolicy::Never);
-    (!disks.is_empty()).then(|| CutRequest { snapshot: None, disks: Some(disks), freeze })
+    (!disks.is_empty()).then_some(CutRequest { snapshot: None, disks: Some(disks), freeze })
 }
