@@ -53,12 +53,17 @@ soak: deps build ## hours of snapshots, increments, deletes and kills on a real 
 
 # Of each target, so many seconds. The corpus that grows is kept out of the repository; `fuzz/seeds` is in it.
 FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= $(shell ls fuzz/seeds)
 
 .PHONY: fuzz
-fuzz: ## fuzz the image format and NBD; needs nightly Rust and cargo-fuzz
-	@set -e; for target in $$(ls fuzz/seeds); do mkdir -p fuzz/corpus/$$target; \
+fuzz: ## fuzz all that strangers can say: images, requests, messages, QMP, NBD, the agent, super-blocks; needs nightly Rust
+	@$(CARGO) +nightly --version >/dev/null 2>&1 || \
+	{ echo "fuzz: nightly Rust is missing: rustup toolchain install nightly --profile minimal"; exit 1; }
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || \
+	{ echo "fuzz: cargo-fuzz is missing: cargo install cargo-fuzz"; exit 1; }
+	@set -e; for target in $(FUZZ_TARGETS); do mkdir -p fuzz/corpus/$$target; \
 	$(CARGO) +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
-	-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=1024 -timeout=10; done
+	-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=1024 -timeout=10 -print_final_stats=1; done
 
 # In all: three kinds of images take turns.
 KILLS ?= 500

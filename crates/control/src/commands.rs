@@ -40,7 +40,7 @@ pub(crate) struct Caller<'a> {
     pub(crate) is_gone: &'a dyn Fn() -> bool,
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 impl<'a> Caller<'a> {
     /// A client that follows no progress, and has gone once anybody looks.
     pub(crate) fn alone(service: &'a dyn Service) -> Self {

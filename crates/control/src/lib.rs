@@ -35,6 +35,8 @@ mod blocks;
 pub mod client;
 mod commands;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod message;
 mod outbox;
 mod schema;

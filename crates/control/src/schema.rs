@@ -7,6 +7,8 @@
 //! unions, alternates, commands and events.
 
 mod check;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod generate;
 mod introspect;
 
 use std::collections::BTreeMap;

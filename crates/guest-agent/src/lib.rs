@@ -46,6 +46,8 @@ mod coverage;
 mod error;
 #[cfg(test)]
 mod fake;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod link;
 mod pre_sync;
 mod session;

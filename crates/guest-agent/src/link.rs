@@ -55,13 +55,18 @@ impl Link {
     pub(crate) fn open(path: &Path, id: i64, deadline: Instant) -> Result<Self, AgentError> {
         let socket = dial(path, deadline)
             .map_err(|source| AgentError::Absent { path: path.to_owned(), source: source.into() })?;
-        let mut link = Self { socket, pending: Vec::new(), chunk: vec![0; CHUNK].into_boxed_slice() };
+        let mut link = Self::over(socket);
         let mut discarded = 0;
         match link.sync(id, deadline, &mut discarded) {
             Err(AgentError::Timeout { .. }) => Err(AgentError::Silent { path: path.to_owned(), discarded }),
             Err(error) => Err(error),
             Ok(()) => Ok(link),
         }
+    }
+
+    /// A connection that is yet to be synchronized.
+    pub(crate) fn over(socket: OwnedFd) -> Self {
+        Self { socket, pending: Vec::new(), chunk: vec![0; CHUNK].into_boxed_slice() }
     }
 
     /// Whether the connection stands and nothing came that was not asked for.
@@ -97,7 +102,7 @@ impl Link {
     }
 
     /// Resets the agent's parser and discards all that comes until the reply to `id`.
-    fn sync(&mut self, id: i64, deadline: Instant, discarded: &mut u64) -> Result<(), AgentError> {
+    pub(crate) fn sync(&mut self, id: i64, deadline: Instant, discarded: &mut u64) -> Result<(), AgentError> {
         let line = format!("\u{0}{{\"execute\":\"{SYNC}\",\"arguments\":{{\"id\":{id}}}}}\n");
         let mut line = line.into_bytes();
         line[0] = DELIMITER;
@@ -112,7 +117,7 @@ impl Link {
                     (DELIMITER, _) => reply = Some(Vec::new()),
                     (_, None) => {}
                     (b'\n', Some(line)) => {
-                        if serde_json::from_slice::<SyncReply>(line).is_ok_and(|reply| reply.id == id) {
+                        if answers(line, id) {
                             // What follows was not asked for; `is_quiet` will see it.
                             self.pending.extend_from_slice(&self.chunk[index + 1..count]);
                             return Ok(());
@@ -171,6 +176,16 @@ impl Link {
             }
         }
     }
+}
+
+/// Whether a line is the reply to the sync with this id.
+fn answers(line: &[u8], id: i64) -> bool {
+    is_object(line) && serde_json::from_slice::<SyncReply>(line).is_ok_and(|reply| reply.id == id)
+}
+
+/// Whether a line can be a reply: `serde` would also take an array for it, each member in its place.
+pub(crate) fn is_object(line: &[u8]) -> bool {
+    line.trim_ascii_start().starts_with(b"{")
 }
 
 /// Connects without ever blocking: a listener that does not accept (QEMU with another client) fills its queue, and a

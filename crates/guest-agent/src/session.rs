@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::coverage::{Coverage, FileSystem, Means};
 use crate::error::AgentError;
-use crate::link::Link;
+use crate::link::{Link, is_object};
 use crate::text::quote;
 
 /// Between two thaws of a guest that still says `frozen`.
@@ -263,6 +263,9 @@ impl Session {
         let line = format!("{request}\n");
         let reply = self.link(deadline)?.exchange(C::NAME, line.as_bytes(), deadline);
         let reply = reply.inspect_err(|_| self.link = None)?;
+        if !is_object(&reply) {
+            return Err(self.broken(C::NAME, "not an object".to_owned()));
+        }
         match serde_json::from_slice::<Reply<R>>(&reply) {
             Ok(Reply { error: Some(error), .. }) => Err(AgentError::Refused {
                 command: C::NAME,

@@ -9,11 +9,12 @@
 )]
 
 mod image;
+mod journal;
 mod model;
 
 use std::collections::BTreeSet;
 
-use block::testing::MemStorage;
+use block::testing::{Input, MemStorage};
 use block::{ByteRange, DirtyBitmap, ErrorKind, Storage};
 
 use crate::bitmaps::Directory;
@@ -23,12 +24,13 @@ use crate::extensions::{BITMAPS, Extensions};
 use crate::header::{AUTOCLEAR_BITMAPS, Header};
 use crate::refcount_bits::RefcountWidth;
 pub use image::{check, tables};
+pub use journal::journal;
 
 /// A fuzz target's body.
 pub type Target = fn(&[u8]);
 
 /// All targets, by the names that they have in `fuzz/`.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("header", header),
     ("extensions", extensions),
     ("directory", directory),
@@ -37,27 +39,8 @@ pub const TARGETS: [(&str, Target); 8] = [
     ("compressed", compressed),
     ("tables", tables),
     ("check", check),
+    ("journal", journal),
 ];
-
-/// Bytes taken as numbers; zeroes once they are used up.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        self.number(1) as u8
-    }
-
-    /// The next `len` bytes, at most eight.
-    fn number(&mut self, len: usize) -> u64 {
-        let (now, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        now.iter().fold(0, |number, byte| (number << 8) | u64::from(*byte))
-    }
-
-    fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
 
 /// A header that is accepted, written anew, says the same; and it can be given another backing file, or is left alone.
 pub fn header(data: &[u8]) {

@@ -35,6 +35,8 @@ const HEADER_CRC: usize = 80;
 const RECORD_LEN: usize = 32;
 const RECORD_NUMBER: usize = 24;
 const RECORD_CRC: usize = 28;
+/// No header has this sequence or a higher one, so the next one is a number too.
+const MOST_SEQUENCES: u64 = 1 << 63;
 /// Records read at a time.
 const CHUNK: u64 = 4096;
 
@@ -95,7 +97,7 @@ impl Journal {
             [a, b] => usize::from(b.is_empty() || a.sequence < b.sequence),
         };
         // One more than was found, for a header may have been torn that had it.
-        let sequence = files[0].sequence.max(files[1].sequence).saturating_add(1);
+        let sequence = files[0].sequence.max(files[1].sequence) + 1;
         Ok(Self { boot_id: padded, files, current, sequence, buffer: Vec::new() })
     }
 
@@ -175,7 +177,7 @@ impl File {
         let mut ours = Vec::new();
         encode_header(boot_id, sequence, &mut ours);
         let mut file = Self { storage, len: 0, sequence: 0, crc: 0, number: 0, torn: false };
-        if ours == found {
+        if ours == found && sequence < MOST_SEQUENCES {
             (file.sequence, file.crc, file.len) = (sequence, crc, HEADER_LEN as u64);
             let mut first = [0; RECORD_LEN];
             if file.storage.len()? >= (HEADER_LEN + RECORD_LEN) as u64 {

@@ -39,6 +39,8 @@ mod dirty;
 mod engine;
 mod errors;
 mod floor;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod guest;
 mod inflight;
 mod inspect;

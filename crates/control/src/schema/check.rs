@@ -26,7 +26,7 @@ impl Schema {
     }
 
     /// Checks a value that stands at `place`.
-    pub(super) fn check_value(&self, of: &TypeRef, value: &Value, place: &str) -> Checked {
+    pub(crate) fn check_value(&self, of: &TypeRef, value: &Value, place: &str) -> Checked {
         match (of, value) {
             (TypeRef::One(name), value) => self.check_one(name, value, place),
             (TypeRef::Array(name), Value::Array(values)) => {

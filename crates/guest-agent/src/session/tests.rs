@@ -151,6 +151,9 @@ fn garbage_and_replies_to_others_before_the_sync_are_discarded() {
         peer.answer(&json!(id - 1));
         peer.say(b"\xFF{\"return\": -1}\n\xFF{\"return\": [\n\xFF\xFF");
         peer.say(&vec![b'x'; 100_000]);
+        // What a struct could be read from as well.
+        peer.say(b"\n\xFF");
+        peer.say(format!("[{id}]\n").as_bytes());
         peer.say(b"\n\xFF{\"error\":{\"class\":\"GenericError\",\"desc\":\"JSON parse error\"}}\n");
         peer.say(format!("\n{{\"return\": {id}}}\n").as_bytes());
         peer.say(b"\xFF");
@@ -209,9 +212,18 @@ fn a_disconnect_in_the_middle_of_a_reply_is_an_error() {
 #[test]
 fn replies_that_are_no_replies_are_refused() {
     let deep = "[".repeat(100_000) + "\n";
-    for nonsense in
-        ["\n", "}{\n", "[]\n", "{}\n", "null\n", "\u{0}\n", "{\"return\": 7\n", "{\"error\": 5}\n", &deep]
-    {
+    for nonsense in [
+        "\n",
+        "}{\n",
+        "[]\n",
+        "[{}, null]\n",
+        "{}\n",
+        "null\n",
+        "\u{0}\n",
+        "{\"return\": 7\n",
+        "{\"error\": 5}\n",
+        &deep,
+    ] {
         let nonsense = nonsense.to_owned();
         let shown = nonsense.clone();
         let error = ping_against(move |peer| {

@@ -62,6 +62,18 @@ fn a_torn_record_ends_the_replay() {
     assert_eq!(records(&open(&a, &b)), []);
 }
 
+#[test]
+fn a_header_after_which_no_other_could_come_is_nobodys() {
+    for sequence in [u64::MAX, MOST_SEQUENCES] {
+        let (a, b, mut header) = (file(), file(), Vec::new());
+        encode_header(&open(&a, &b).boot_id, sequence, &mut header);
+        a.write_at(&header, 0).unwrap();
+        let mut journal = open(&a, &b);
+        journal.append([record(1)].into_iter()).unwrap();
+        assert_eq!(records(&open(&a, &b)), [1]);
+    }
+}
+
 /// The files are never cut: behind the records of one use lie those of earlier ones.
 #[test]
 fn what_an_earlier_use_left_behind_is_not_read() {
