@@ -88,6 +88,23 @@ impl DiskEntry {
         self.layers.iter().map(|layer| layer.number).collect()
     }
 
+    /// Refuses what no change of the manifest leaves behind: what counts with these numbers relies on it.
+    fn check(&self) -> std::result::Result<(), &'static str> {
+        let Some(last) = self.layers.last() else { return Err("has no layers") };
+        let grows = |pair: &[LayerEntry]| matches!(pair, [low, high] if low.number < high.number);
+        if !self.layers.windows(2).all(grows) || last.number >= self.next {
+            return Err("has layers whose numbers do not grow");
+        }
+        let merged = |layer: &LayerEntry| layer.merged.unwrap_or(layer.number);
+        if self.layers.iter().any(|layer| !(layer.number..self.next).contains(&merged(layer))) {
+            return Err("has a layer into which one was merged that never was");
+        }
+        match self.marks.is_sound(self.next) {
+            true => Ok(()),
+            false => Err("has marks at instants that never were"),
+        }
+    }
+
     /// The image that the user gave.
     pub(crate) fn given(&self) -> Base {
         let first = self.layers.first().map(|layer| (layer.path.clone(), layer.format));
@@ -161,15 +178,15 @@ impl Manifest {
         Ok(Some(manifest))
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self> {
+    pub(crate) fn parse(bytes: &[u8]) -> Result<Self> {
         let corrupt = |story: String| Error::new(ErrorKind::Corrupt, story);
         let manifest: Self = serde_json::from_slice(bytes)
             .map_err(|error| corrupt(format!("not a manifest of this version of frazil: {error}")))?;
         if manifest.version != VERSION {
             return Err(corrupt(format!("its version is {}, expected {VERSION}", manifest.version)));
         }
-        if let Some((id, _)) = manifest.disks.iter().find(|(_, disk)| disk.layers.is_empty()) {
-            return Err(corrupt(format!("disk {id} has no layers")));
+        for (id, disk) in &manifest.disks {
+            disk.check().map_err(|story| corrupt(format!("disk {id} {story}")))?;
         }
         Ok(manifest)
     }
@@ -359,7 +376,27 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("manifest.json");
         let entry = r#"{"version":1,"boot-id":"b","disks":{"vda":{"layers":[],"next":1}},"snapshots":[]}"#;
-        for bytes in ["", "{}", "[1,2", &entry.replace(":1,", ":9,"), entry] {
+        let numbered = |numbers: &str, next: u32, rest: &str| {
+            let layer = |number: &str| format!(r#"{{"path":"/a","format":"raw","number":{number}}}"#);
+            let layers: Vec<_> = numbers.split(' ').map(layer).collect();
+            entry.replace(r#"[],"next":1"#, &format!(r#"[{}],"next":{next}{rest}"#, layers.join(",")))
+        };
+        std::fs::write(&path, numbered("0 1 4", 5, "")).unwrap();
+        Manifest::load(&path).unwrap();
+        let history = |history: &str| numbered("0 1", 2, &format!(r#","marks":{{"history":{{{history}}}}}"#));
+        let numbers = [
+            numbered("1 0", 2, ""),
+            numbered("0 0", 2, ""),
+            numbered("0 2", 2, ""),
+            numbered("4294967295", u32::MAX, ""),
+            numbered(r#"0,"merged":2"#, 2, ""),
+            numbered(r#"1,"merged":0"#, 2, ""),
+            history(r#""folded":[{"from":1,"to":1,"bits":null}]"#),
+            history(r#""folded":[{"from":0,"to":1,"bits":18446744073709551615}]"#),
+            history(r#""reverts":[{"to":4294967295,"at":4294967295}]"#),
+        ];
+        let others = ["", "{}", "[1,2", &entry.replace(":1,", ":9,"), entry];
+        for bytes in others.into_iter().chain(numbers.iter().map(String::as_str)) {
             std::fs::write(&path, bytes).unwrap();
             let error = Manifest::load(&path).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt, "{bytes}");

@@ -6,6 +6,7 @@ use block::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use super::files::MOST_FILES;
 use super::history::{Boundary, History, NOW};
 use crate::manifest::{LayerEntry, Manifest};
 use crate::model::{Grade, SnapshotRecord};
@@ -75,6 +76,18 @@ pub(crate) struct DiskMarks {
 impl DiskMarks {
     pub(crate) fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// Whether all is of instants that a disk can have had whose next layer has the number `next`, and of files that there
+    /// can be.
+    pub(crate) fn is_sound(&self, next: u32) -> bool {
+        let mut files = self.files();
+        self.history.is_sound(next) && files.all(|number| number < MOST_FILES)
+    }
+
+    /// The bits files that are named.
+    fn files(&self) -> impl Iterator<Item = u64> {
+        self.bitmaps.iter().filter_map(|bitmap| bitmap.bits).chain(self.history.files())
     }
 }
 
@@ -149,11 +162,7 @@ impl Manifest {
 
     /// The bits files that are named.
     pub(crate) fn bits_files(&self) -> BTreeSet<u64> {
-        let of = |marks: &DiskMarks| {
-            let own = marks.bitmaps.iter().filter_map(|bitmap| bitmap.bits);
-            own.chain(marks.history.files()).collect::<Vec<_>>()
-        };
-        self.disks.values().flat_map(|disk| of(&disk.marks)).collect()
+        self.disks.values().flat_map(|disk| disk.marks.files()).collect()
     }
 
     /// Takes over the marks of `draft`, a changed copy of this.
@@ -167,7 +176,7 @@ impl Manifest {
     }
 
     /// Forgets what nobody can ask for.
-    pub(super) fn prune_marks(&mut self) {
+    pub(crate) fn prune_marks(&mut self) {
         let points: Vec<_> = self.disks.keys().map(|id| self.points(id)).collect();
         for (disk, points) in self.disks.values_mut().zip(points) {
             disk.marks.history.prune(&points);

@@ -10,6 +10,9 @@ use tracing::warn;
 
 use super::bits;
 
+/// No file has this number or a higher one, so the next one's is a number too.
+pub(super) const MOST_FILES: u64 = 1 << 63;
+
 /// The state directory's folder of bits files, each named by a number.
 #[derive(Debug)]
 pub(crate) struct Files {
@@ -74,7 +77,7 @@ impl Files {
         for entry in std::fs::read_dir(&self.folder).context(what)? {
             let name = entry.context(what)?.file_name();
             let number = name.to_str().and_then(|name| name.strip_suffix(".bits")?.parse::<u64>().ok());
-            numbers.extend(number);
+            numbers.extend(number.filter(|number| *number < MOST_FILES));
         }
         Ok(numbers)
     }

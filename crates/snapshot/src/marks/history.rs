@@ -89,6 +89,12 @@ impl History {
         self.folded.is_empty() && self.reverts.is_empty()
     }
 
+    /// Whether all is of instants that a disk can have had whose next layer has the number `next`.
+    pub(crate) fn is_sound(&self, next: u32) -> bool {
+        self.folded.iter().all(|folded| folded.from < folded.to && folded.to <= next)
+            && self.reverts.iter().all(|revert| revert.to <= revert.at && revert.at < next)
+    }
+
     /// The bits files that it names.
     pub(crate) fn files(&self) -> impl Iterator<Item = u64> {
         self.folded.iter().filter_map(|folded| folded.bits)

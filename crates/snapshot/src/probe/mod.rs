@@ -44,7 +44,7 @@ use verdict::Finding;
 use volume::Volume;
 
 /// Says of each file system on `disk` whether it is clean: one verdict a partition, in the table's order, or one for
-/// the disk as a whole (and one for a table that is not as it should be).
+/// the disk as a whole (and one for a table that is not as it should be, or empty).
 ///
 /// # Errors
 /// Only those of reading the disk; no content makes one.
@@ -63,7 +63,8 @@ pub fn probe(disk: &dyn Disk) -> Result<Vec<FsVerdict>> {
             ..verdict(number, partition.offset, partition.size, finding)
         });
     }
-    if let Some(complaint) = table.complaint {
+    let none = || table.partitions.is_empty().then(|| "a partition table without partitions".to_owned());
+    if let Some(complaint) = table.complaint.or_else(none) {
         let finding = Finding::new(FsKind::Unknown, Verdict::Unknown, complaint);
         verdicts.push(verdict(None, 0, whole.size(), finding));
     }

@@ -95,3 +95,22 @@ fn a_disk_without_a_sector_has_no_signature() {
     let disk = RawDisk::new(Arc::new(MemStorage::new(100)), true).unwrap();
     assert_eq!(probe(&disk).unwrap()[0].kind, FsKind::Unknown);
 }
+
+/// Nothing was said of such a disk at all.
+#[test]
+fn a_table_without_partitions_is_told() {
+    let header = *b"EFI PART\0\0\x01\0\x5c\0\0\0";
+    let mut rest = vec![0; 76];
+    rest[8..16].copy_from_slice(&1_u64.to_le_bytes());
+    rest[56..64].copy_from_slice(&2_u64.to_le_bytes());
+    rest[64..72].copy_from_slice(&[4_u32, 128].map(u32::to_le_bytes).concat());
+    rest[72..].copy_from_slice(&crc32fast::hash(&[0; 512]).to_le_bytes());
+    let sum = crc32fast::hash(&[&header, &rest[..]].concat());
+    rest[..4].copy_from_slice(&sum.to_le_bytes());
+    let protective: &[u8] = &[0, 0, 0, 0, 0xee, 0, 0, 0, 1, 0, 0, 0, 0xff, 1, 0, 0];
+    let found = only(&[(446, protective), (510, &[0x55, 0xaa]), (512, &header), (528, &rest)]);
+    assert_eq!(
+        (found.verdict, found.detail.as_str()),
+        (Verdict::Unknown, "a partition table without partitions")
+    );
+}
