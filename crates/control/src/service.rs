@@ -96,6 +96,9 @@ pub trait Service: Send + Sync {
     /// Makes a disk larger while it is served, and tells its front-end. `size` is in bytes.
     fn resize(&self, disk: &str, size: u64) -> Result<()>;
 
+    /// Has the image of a layer, by its node, name the one beneath it by another name.
+    fn rename_backing(&self, device: &str, node: &str, name: &str) -> Result<()>;
+
     /// Adds a block node.
     fn add_node(&self, options: NodeOptions) -> Result<()>;
 

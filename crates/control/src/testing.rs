@@ -321,6 +321,13 @@ impl Service for Fake {
         Ok(bits.into())
     }
 
+    fn rename_backing(&self, device: &str, node: &str, name: &str) -> Result<()> {
+        match (device, node, name) {
+            ("vda", "vda.1", "base.raw") => Ok(()),
+            _ => Err(Error::new(ErrorKind::InvalidInput, format!("'{name}' is not what is beneath"))),
+        }
+    }
+
     fn resize(&self, disk: &str, size: u64) -> Result<()> {
         if disk != "vda" {
             return Err(Error::new(ErrorKind::NotFound, format!("disk '{disk}' is not served")));

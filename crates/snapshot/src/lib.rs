@@ -17,6 +17,7 @@ mod manager;
 mod manifest;
 mod marks;
 mod model;
+mod naming;
 pub mod probe;
 mod request;
 mod store;

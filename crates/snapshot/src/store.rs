@@ -375,7 +375,8 @@ pub(crate) fn backing_name(overlay: &Path, beneath: &LayerEntry) -> (String, Str
     (name, format_name(beneath.format).to_owned())
 }
 
-fn format_name(format: ImageFormat) -> &'static str {
+/// The format's name in headers.
+pub(crate) fn format_name(format: ImageFormat) -> &'static str {
     match format {
         ImageFormat::Raw => "raw",
         ImageFormat::Qcow2 => "qcow2",

@@ -29,6 +29,7 @@ mod nbd;
 mod ordinary;
 mod prefix;
 mod recipe;
+mod renamed;
 mod scraped;
 mod served;
 mod shared;

@@ -19,7 +19,6 @@ const DISABLED: &[(&str, &str)] = &[
     ("blockdev-mirror", MIRROR),
     ("drive-mirror", MIRROR),
     ("blockdev-reopen", "nodes stay as they were opened: use blockdev-del and blockdev-add"),
-    ("change-backing-file", "each image names the one beneath it, and jobs keep that true"),
     ("system_powerdown", "Frazil serves disks and has no machine: ask the guest's QEMU"),
     ("system_reset", "Frazil serves disks and has no machine: ask the guest's QEMU"),
 ];

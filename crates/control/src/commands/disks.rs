@@ -16,6 +16,7 @@ pub(super) const COMMANDS: &[Command] = &[
     ("query-named-block-nodes", query_nodes),
     ("query-blockstats", query_stats),
     ("block_resize", resize),
+    ("change-backing-file", rename_backing),
     ("stop", stop),
     ("cont", resume),
 ];
@@ -80,6 +81,19 @@ fn resize(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
         _ => return Err(CommandError::generic("Exactly one of 'device' and 'node-name' must be given")),
     };
     done(device.and_then(|device| caller.service.resize(&device, size)))
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Backing {
+    device: String,
+    image_node_name: String,
+    backing_file: String,
+}
+
+fn rename_backing(caller: &Caller<'_>, arguments: Arguments) -> Outcome {
+    let Backing { device, image_node_name, backing_file } = typed(arguments)?;
+    done(caller.service.rename_backing(&device, &image_node_name, &backing_file))
 }
 
 fn stop(caller: &Caller<'_>, _: Arguments) -> Outcome {

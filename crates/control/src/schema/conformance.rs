@@ -130,6 +130,10 @@ fn calls_of_snapshots() -> Vec<(&'static str, Value)> {
         ("query-qmp-schema", json!({})),
         ("query-status", json!({})),
         ("block_resize", json!({"device": "vda", "size": 1 << 30})),
+        (
+            "change-backing-file",
+            json!({"device": "vda", "image-node-name": "vda.1", "backing-file": "base.raw"}),
+        ),
         ("stop", json!({})),
         ("query-status", json!({})),
         ("cont", json!({})),

@@ -191,6 +191,10 @@ impl Service for Daemon {
         Ok(())
     }
 
+    fn rename_backing(&self, device: &str, node: &str, name: &str) -> Result<()> {
+        self.manager.rename_backing(device, node, name)
+    }
+
     fn add_node(&self, options: NodeOptions) -> Result<()> {
         options.filenames().into_iter().try_for_each(|path| self.confinement.check(path))?;
         self.backups.add_node(options)

@@ -30,7 +30,7 @@ impl Manager {
             let manifest = self.store.manifest();
             let missing =
                 || Error::new(ErrorKind::NotFound, format!("Device '{}' not found", request.device));
-            let (disk, _) = device(&manifest, &request.device).ok_or_else(missing)?;
+            let (disk, _) = named(&manifest, &request.device).ok_or_else(missing)?;
             let layers = self.layers_of(&manifest, &disk)?;
             let top = layer(&disk, layers, request.top.as_deref(), request.top_node.as_deref())?;
             let base = layer(&disk, layers, request.base.as_deref(), request.base_node.as_deref())?;
@@ -52,7 +52,7 @@ impl Manager {
             let name = &request.device;
             let missing = || format!("Cannot find device='{name}' nor node-name='{name}'");
             let (disk, top) =
-                device(&manifest, name).ok_or_else(|| Error::new(ErrorKind::NotFound, missing()))?;
+                named(&manifest, name).ok_or_else(|| Error::new(ErrorKind::NotFound, missing()))?;
             let layers = self.layers_of(&manifest, &disk)?;
             let base = layer(&disk, layers, request.base.as_deref(), request.base_node.as_deref())?;
             let top =
@@ -92,7 +92,7 @@ impl Manager {
 }
 
 /// The disk that a device's name means, and the layer, if it is a node's.
-fn device(manifest: &Manifest, name: &str) -> Option<(String, Option<u32>)> {
+pub(crate) fn named(manifest: &Manifest, name: &str) -> Option<(String, Option<u32>)> {
     if manifest.disks.contains_key(name) {
         return Some((name.to_owned(), None));
     }

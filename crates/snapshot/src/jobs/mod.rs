@@ -37,6 +37,7 @@ mod tidy;
 mod work;
 mod world;
 
+pub(crate) use commands::named;
 pub use group::JobGroup;
 pub use hosted::{HostedJob, Labor, Seat};
 pub use job::{Halt, Job};

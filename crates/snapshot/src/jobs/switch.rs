@@ -11,8 +11,7 @@
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
-use block::{ByteRange, Context, Disk, ErrorKind, Layer as _, Place, Result};
-use hostio::Writing;
+use block::{ByteRange, Disk, ErrorKind, Layer as _, Place, Result};
 use tracing::{info, warn};
 
 use super::model::JobStatus;
@@ -24,6 +23,7 @@ use crate::cut::{Layers as _, Limits};
 use crate::group::{Group, Served};
 use crate::layer::{Access, Layer};
 use crate::manifest::Manifest;
+use crate::naming::Naming;
 use crate::store::backing_name;
 
 /// How often it is tried to write to a header that another program reads.
@@ -31,11 +31,16 @@ const RETRY: Duration = Duration::from_millis(500);
 
 /// A header that is to name another backing file.
 struct Rename {
-    layer: Arc<Layer>,
-    /// `None` where the layer is open for writing by the chain itself.
-    turn: Option<Writing>,
+    naming: Naming,
     /// The layer that it will lie on; `None` for nothing.
     beneath: Option<Arc<Layer>>,
+}
+
+impl Rename {
+    fn carry_out(&self) -> Result<()> {
+        let names = self.beneath.as_ref().map(|beneath| backing_name(self.naming.path(), &beneath.entry));
+        self.naming.write(names.as_ref().map(|(name, format)| (name.as_str(), format.as_str())))
+    }
 }
 
 /// The right to switch.
@@ -77,7 +82,7 @@ impl Work<'_> {
         if by_itself {
             self.job.go(JobStatus::Pending)?;
         }
-        renames.iter().try_for_each(|rename| self.rename(rename))?;
+        renames.iter().try_for_each(Rename::carry_out)?;
         drop(renames);
         self.commit_manifest(parts)?;
         drop(closed);
@@ -141,32 +146,15 @@ impl Work<'_> {
                 let beneath =
                     lowest.and_then(|lowest| lowest.checked_sub(1)).and_then(|index| chain.get(index));
                 // It is the job's own, and still open for writing.
-                Ok(Some(Rename { layer, turn: None, beneath: beneath.cloned() }))
+                Ok(Some(Rename { naming: Naming::of_own(layer), beneath: beneath.cloned() }))
             }
             _ => {
                 let above = place(part.layers.last()).and_then(|highest| chain.get(highest + 1));
                 let Some(above) = above else { return Ok(None) };
-                let turn = match Disk::read_only(&**above) {
-                    true => Some(Writing::begin(above.storage())?),
-                    false => None,
-                };
                 let beneath = Some(Arc::clone(part.target()?));
-                Ok(Some(Rename { layer: Arc::clone(above), turn, beneath }))
+                Ok(Some(Rename { naming: Naming::begin(Arc::clone(above))?, beneath }))
             }
         }
-    }
-
-    fn rename(&self, rename: &Rename) -> Result<()> {
-        let path = &rename.layer.entry.path;
-        let names = rename.beneath.as_ref().map(|beneath| backing_name(path, &beneath.entry));
-        let names = names.as_ref().map(|(name, format)| (name.as_str(), format.as_str()));
-        let renamed = match (&rename.turn, rename.layer.image()) {
-            (Some(turn), _) => qcow2::set_backing(turn.file(), names),
-            (None, Some(image)) if !image.read_only() => image.set_backing(names),
-            // The job's own target, which nobody writes to any more.
-            (None, _) => qcow2::set_backing(&*rename.layer.storage(), names),
-        };
-        renamed.context(|| format!("change the header of {}", path.display()))
     }
 
     /// The change of the manifest that is the instant of the switch.

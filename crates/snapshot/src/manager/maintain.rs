@@ -1,8 +1,8 @@
-//! Changes of a disk that are not cuts: revert, and another size.
+//! Changes of a disk that are not cuts: revert, another size, and another name for an image.
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use block::{Context, Disk, Error, ErrorKind, Result};
@@ -11,7 +11,9 @@ use super::change::Change;
 use super::{Manager, open_layers};
 use crate::edit;
 use crate::group::Served;
-use crate::store::Store;
+use crate::jobs::named;
+use crate::naming::{self, Naming};
+use crate::store::{Store, format_name};
 
 /// How long maintenance waits for jobs that it has called off: they have a flush to do.
 const JOB_PATIENCE: Duration = Duration::from_secs(10);
@@ -42,6 +44,32 @@ impl Manager {
             Ordering::Equal => Ok(()),
             Ordering::Greater => chain.grow(size).context(|| format!("resize disk {id}")),
         }
+    }
+
+    /// Has the image of a layer name the one beneath it as `name` says, which must mean the same file: in the other image's
+    /// folder, or absolute. `node` is the layer's node, of the disk that `device` or its nodes name. A job that changes
+    /// what is beneath writes a name of its own again.
+    pub fn rename_backing(&self, device: &str, node: &str, name: &str) -> Result<()> {
+        let invalid = |story: String| Error::new(ErrorKind::InvalidInput, story);
+        let (id, number) = {
+            let manifest = self.store.manifest();
+            // QEMU's words.
+            let missing = || format!("Cannot find device='{device}' nor node-name='{device}'");
+            let (id, _) =
+                named(&manifest, device).ok_or_else(|| Error::new(ErrorKind::NotFound, missing()))?;
+            let owner = named(&manifest, node).filter(|(owner, _)| *owner == id);
+            let number = owner.and_then(|(_, number)| number);
+            (id.clone(), number.ok_or_else(|| invalid(format!("disk {id} has no layer '{node}'")))?)
+        };
+        let _change = self.begin_alone(&BTreeSet::from([id.clone()]))?;
+        let layers = self.chain(&id)?.layers();
+        let at = layers.iter().position(|layer| layer.entry.number == number);
+        let Some([beneath, layer]) = at.and_then(|at| layers.get(at.checked_sub(1)?..=at)) else {
+            let story = format!("'{node}' lies on nothing that Frazil put it on: use `qemu-img rebase -u`");
+            return Err(invalid(story));
+        };
+        naming::check(&layer.entry.path, name, &beneath.entry.path)?;
+        Naming::begin(Arc::clone(layer))?.write(Some((name, format_name(beneath.entry.format))))
     }
 
     /// Brings the disks of a snapshot back to it. Refused while a front-end is connected, and if newer snapshots would
