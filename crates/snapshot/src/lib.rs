@@ -8,6 +8,8 @@ mod debts;
 mod edit;
 mod events;
 mod export;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod group;
 mod housekeeping;
 mod jobs;

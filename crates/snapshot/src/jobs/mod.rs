@@ -46,6 +46,8 @@ pub use model::{
     BlockJobInfo, ClientId, CommitRequest, DeleteRequest, JobEnd, JobInfo, JobOptions, JobStatus, JobType,
     StreamRequest,
 };
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use plan::{plan, replan, tidy};
 pub(crate) use record::JobRecord;
 pub(crate) use runner::Jobs;
 pub(crate) use world::{Readers, Reading, World};

@@ -71,7 +71,7 @@ fn header(bits: &DirtyBitmap) -> [u8; HEADER] {
 /// Reads a file; takes no more memory than its header allows and its length proves.
 ///
 /// Errors: [`ErrorKind::Corrupt`] if it is not what was written, or not there any more.
-pub(super) fn read(path: &Path) -> Result<DirtyBitmap> {
+pub(crate) fn read(path: &Path) -> Result<DirtyBitmap> {
     let what = || format!("read {}", path.display());
     let mut file = match File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {

@@ -40,6 +40,8 @@ mod history;
 mod tally;
 
 pub use bitmap::{BitmapInfo, BitmapName, DEFAULT_GRANULARITY, MarkChange};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use bits::read as read_bits;
 pub use changes::{Changes, Point};
 pub use checkpoint::CheckpointRequest;
 pub use commands::BitmapLock;
