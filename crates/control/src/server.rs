@@ -143,12 +143,8 @@ fn accept(listener: &Listener, woken: &UnixStream, clients: &Arc<Clients>, servi
         if !polled[1].revents().is_empty() {
             return;
         }
-        match ready
-            .map_err(io::Error::from)
-            .and_then(|_| listener.socket().accept())
-            .and_then(|(stream, _)| hostio::admit(stream))
-        {
-            Ok(stream) => admit(number, stream, clients, service),
+        match ready.map_err(io::Error::from).and_then(|_| hostio::accept(listener.socket())) {
+            Ok(stream) => stream.into_iter().for_each(|stream| admit(number, stream, clients, service)),
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => {
                 tracing::warn!(%error, "could not accept a control client");

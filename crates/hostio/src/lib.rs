@@ -18,7 +18,7 @@ pub use file::{Cache, HostFile, Open, Writing};
 pub use inherited::inherited;
 pub use limits::raise_open_files;
 pub use mapped::MappedFile;
-pub use peers::{admit, admit_only};
+pub use peers::{accept, admit_only};
 pub use ring::{Completion, Ring, read_cached, read_now, write_now};
 pub use sandbox::{Confined, Held, Reach, Sandbox, confine};
 pub use small::{boot_id, free_space, remove_file, replace_file, sync_dir};

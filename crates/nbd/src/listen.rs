@@ -59,12 +59,12 @@ impl Listening {
         }
     }
 
-    /// The next client. [`io::ErrorKind::WouldBlock`] if there is none.
+    /// The next client. [`io::ErrorKind::WouldBlock`] if there is none, or one that may not connect.
     pub(crate) fn accept(&self) -> io::Result<Socket> {
         match self {
             Self::Unix(listener) => {
-                let (stream, _) = listener.socket().accept()?;
-                hostio::admit(stream).map(Socket::Unix)
+                let stream = hostio::accept(listener.socket())?;
+                stream.map(Socket::Unix).ok_or_else(|| io::ErrorKind::WouldBlock.into())
             }
             Self::Tcp(listener) => listener.accept().map(|(stream, _)| Socket::Tcp(stream)),
         }

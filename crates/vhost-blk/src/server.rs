@@ -235,31 +235,38 @@ impl Shared {
 
     fn run(&self, post: &Post) {
         loop {
-            let door = lock(&self.door);
-            if !self.wait_for_client(post.socket.socket()) {
-                return;
-            }
-            if let Err(error) = self.serve(post, door) {
+            let mut door = Some(lock(&self.door));
+            let Some(front) = self.next_client(post.socket.socket()) else { return };
+            // It is kept, at the door, until there are descriptors and memory for it.
+            while let Err(error) = self.serve(post, &front, &mut door) {
                 tracing::error!(disk = post.config.name, "could not serve a front-end: {error}");
                 self.pause();
+                if self.is_stopping() {
+                    break;
+                }
             }
         }
     }
 
-    /// `false` when it is time to stop.
-    fn wait_for_client(&self, listener: &UnixListener) -> bool {
+    /// The next front-end that may connect; `None` when it is time to stop.
+    fn next_client(&self, listener: &UnixListener) -> Option<UnixStream> {
         while !self.is_stopping() {
             let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
-            match poll(&mut fds, None) {
-                Ok(_) if fds.iter().any(|fd| !fd.revents().is_empty()) => return !self.is_stopping(),
-                Ok(_) | Err(Errno::INTR) => {}
+            let accepted = match poll(&mut fds, None) {
+                Ok(_) if !fds[0].revents().is_empty() && !self.is_stopping() => hostio::accept(listener),
+                Ok(_) | Err(Errno::INTR) => continue,
+                Err(error) => Err(error.into()),
+            };
+            match accepted {
+                Ok(None) => {}
+                Ok(front) => return front,
                 Err(error) => {
                     tracing::error!("could not wait for a front-end: {error}");
                     self.pause();
                 }
             }
         }
-        false
+        None
     }
 
     fn keep(&self, number: u64, channel: OwnedFd) {
@@ -287,9 +294,9 @@ impl Shared {
         let _ = poll(&mut [PollFd::new(&self.stop, PollFlags::IN)], Some(&timeout));
     }
 
-    /// Serves the front-end that waits, to its end. A used daemon can not take another connection, so each gets its
-    /// own, and a device with it.
-    fn serve(&self, post: &Post, door: MutexGuard<'_, ()>) -> Result<()> {
+    /// Serves a front-end to its end. A used daemon can not take another connection, so each gets its own, and a device with
+    /// it. On an error it has not begun to, and the door is as it was.
+    fn serve(&self, post: &Post, front: &UnixStream, door: &mut Option<MutexGuard<'_, ()>>) -> Result<()> {
         let config = &post.config;
         let memory = SharedMemory::new(Memory::new());
         let device = Arc::new(Device::new(config, &self.cache, &self.floor)?);
@@ -300,7 +307,7 @@ impl Shared {
                 let served = device.watch(&daemon).context(|| "watch a worker's events").and_then(|()| {
                     self.arrived(config);
                     seated = true;
-                    self.converse(post, &device, &mut daemon, door)
+                    self.converse(post, &device, &mut daemon, front, door)
                 });
                 // The framework leaves the rings running when a front-end goes, or when there was none after all.
                 device.close();
@@ -319,21 +326,21 @@ impl Shared {
         served
     }
 
-    /// Seats the front-end that waits at the door, and passes on what it says until it goes.
+    /// Seats a front-end, and passes on what it says until it goes.
     fn converse(
         &self,
         post: &Post,
         device: &Arc<Device>,
         daemon: &mut VhostUserDaemon<Arc<Device>>,
-        door: MutexGuard<'_, ()>,
+        front: &UnixStream,
+        door: &mut Option<MutexGuard<'_, ()>>,
     ) -> Result<()> {
-        let Post { config, socket, loopback } = post;
-        let front = hostio::admit(socket.socket().accept()?.0)?;
+        let Post { config, loopback, .. } = post;
         let framework = loopback.connect()?;
         daemon.start(&mut Listener::from(loopback.listener().try_clone()?)).map_err(|error| other(&error))?;
         let number = device.session();
         lock(&self.sessions).push(Session { number, front: front.try_clone()?, channel: None });
-        drop(door);
+        *door = None;
         tracing::info!(disk = config.name, "a front-end has connected");
         // Who stops from here on finds the session; who did before is found here.
         let relayed = match self.is_stopping() {
@@ -341,7 +348,7 @@ impl Shared {
             false => {
                 let keep = |channel| self.keep(number, channel);
                 let mut inspector = Inspector::new(device, &keep);
-                relay::run(&front, &framework, device.maps().gone(), |message| inspector.inspect(message))
+                relay::run(front, &framework, device.maps().gone(), |message| inspector.inspect(message))
             }
         };
         lock(&self.sessions).retain(|session| session.number != number);

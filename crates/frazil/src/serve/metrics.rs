@@ -59,10 +59,11 @@ impl Socket {
 
     fn accept(&self) -> std::io::Result<OwnedFd> {
         match self {
-            Self::Unix(listener) => {
-                let (stream, _) = listener.socket().accept()?;
-                hostio::admit(stream).map(OwnedFd::from)
-            }
+            Self::Unix(listener) => loop {
+                if let Some(stream) = hostio::accept(listener.socket())? {
+                    return Ok(stream.into());
+                }
+            },
             Self::Tcp(listener) => listener.accept().map(|(stream, _)| stream.into()),
         }
     }
