@@ -54,12 +54,14 @@ mod tests {
         assert_eq!(percentile(&(0..100).collect::<Vec<_>>(), 99.0), 99);
     }
 
+    /// However long it takes: on a busy machine this thread may hardly get any.
     #[test]
     fn own_time_grows() {
         let before = ProcessTime::of(std::process::id()).unwrap();
         let start = std::time::Instant::now();
-        while start.elapsed() < Duration::from_millis(60) {}
-        let used = ProcessTime::of(std::process::id()).unwrap().since(before);
-        assert!(used >= Duration::from_millis(20), "{used:?}");
+        let used = || ProcessTime::of(std::process::id()).unwrap().since(before);
+        while used() < Duration::from_millis(20) {
+            assert!(start.elapsed() < Duration::from_secs(30), "{:?}", used());
+        }
     }
 }
