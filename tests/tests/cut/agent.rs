@@ -18,20 +18,33 @@ const WORK: Duration = Duration::from_millis(15);
 
 /// It has one file system to freeze. It is there as long as the test's process.
 pub(crate) struct FakeAgent {
-    frozen: Arc<AtomicBool>,
+    state: Arc<State>,
+}
+
+#[derive(Default)]
+struct State {
+    frozen: AtomicBool,
+    /// What freezes the guest does not come to its end, until this is taken back.
+    hangs: AtomicBool,
 }
 
 impl FakeAgent {
     pub(crate) fn start(socket: &Path) -> Self {
         let listener = UnixListener::bind(socket).unwrap();
-        let frozen = Arc::new(AtomicBool::new(false));
-        let state = Arc::clone(&frozen);
-        thread::spawn(move || listener.incoming().for_each(|client| serve(client.unwrap(), &state)));
-        Self { frozen }
+        let state = Arc::<State>::default();
+        let theirs = Arc::clone(&state);
+        thread::spawn(move || listener.incoming().for_each(|client| serve(client.unwrap(), &theirs)));
+        Self { state }
     }
 
     pub(crate) fn is_frozen(&self) -> bool {
-        self.frozen.load(Ordering::SeqCst)
+        self.state.frozen.load(Ordering::SeqCst)
+    }
+
+    /// From now on it takes the next freeze, and whatever comes after it, and does not answer. When it does not hang any
+    /// more it freezes first, late as that is.
+    pub(crate) fn hang(&self, hangs: bool) {
+        self.state.hangs.store(hangs, Ordering::SeqCst);
     }
 
     /// Waits until it is frozen, or is not.
@@ -43,7 +56,7 @@ impl FakeAgent {
     }
 }
 
-fn serve(client: UnixStream, frozen: &AtomicBool) {
+fn serve(client: UnixStream, state: &State) {
     let mut lines = BufReader::new(client);
     let mut line = Vec::new();
     while lines.read_until(b'\n', &mut line).is_ok_and(|bytes| bytes > 0) {
@@ -53,7 +66,7 @@ fn serve(client: UnixStream, frozen: &AtomicBool) {
         };
         // Half a command of one who was killed is none.
         if let Ok(request) = serde_json::from_slice::<Value>(json) {
-            let reply = reply(request["execute"].as_str().unwrap(), &request["arguments"], frozen);
+            let reply = reply(request["execute"].as_str().unwrap(), &request["arguments"], state);
             let prefix: &[u8] = if sync { &[0xff] } else { &[] };
             // Whoever asked may be gone.
             let _ = lines.get_mut().write_all(&[prefix, format!("{reply}\n").as_bytes()].concat());
@@ -62,8 +75,11 @@ fn serve(client: UnixStream, frozen: &AtomicBool) {
     }
 }
 
-fn reply(command: &str, arguments: &Value, frozen: &AtomicBool) -> Value {
+fn reply(command: &str, arguments: &Value, State { frozen, hangs }: &State) -> Value {
     let change = |to| {
+        while to && hangs.load(Ordering::SeqCst) {
+            thread::sleep(WORK);
+        }
         frozen.store(true, Ordering::SeqCst);
         thread::sleep(WORK);
         json!({ "return": u64::from(frozen.swap(to, Ordering::SeqCst)) })

@@ -217,16 +217,27 @@ pub(crate) fn in_memory() -> tempfile::TempDir {
 }
 
 /// A small file system of its own; it is unmounted when this is dropped.
-struct Mount(tempfile::TempDir);
+pub(crate) struct Mount(tempfile::TempDir);
 
 impl Mount {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", "size=16M", "tmpfs"]).arg(folder.path());
         let mounted = mount.output().is_ok_and(|output| output.status.success());
         assert!(mounted, "no tmpfs can be mounted here: are you root?");
         Self(folder)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Room for so many MiB in all.
+    pub(crate) fn resize(&self, mib: u64) {
+        let mut mount = Command::new("mount");
+        mount.args(["-o", &format!("remount,size={mib}M")]).arg(self.path());
+        assert!(mount.status().unwrap().success());
     }
 }
 
