@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -44,6 +45,13 @@ pub struct TlsCredentials {
     /// Whether clients must have one of the same authority; so if absent.
     #[serde(default = "yes")]
     pub verify_peer: bool,
+}
+
+impl TlsCredentials {
+    /// Where its files are, as far as they are there.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        Tls::FILES.into_iter().map(|name| self.dir.join(name))
+    }
 }
 
 fn yes() -> bool {
@@ -97,6 +105,8 @@ pub(crate) struct Exports {
     credentials: Mutex<BTreeMap<String, Tls>>,
     list: Arc<List>,
     pub(crate) sockets: Sockets,
+    /// How many clients are connected, of all servers.
+    pub(crate) connected: Arc<AtomicUsize>,
     /// Ids of exports that are being made: that takes a cut, and the server is not held meanwhile.
     beginning: Mutex<BTreeSet<String>>,
 }
@@ -197,7 +207,8 @@ impl Backups {
                 Some(self.exports.credentials().get(id).cloned().ok_or_else(missing)?)
             }
         };
-        let mut config = Config { tls, ..Config::default() };
+        let connected = Arc::clone(&self.exports.connected);
+        let mut config = Config { tls, connected, ..Config::default() };
         if let Some(most) = options.max_connections {
             config.max_connections = if most == 0 { usize::MAX } else { most as usize };
         }
@@ -209,11 +220,17 @@ impl Backups {
 
     /// `nbd-server-stop`: cuts its clients off; what it offered is offered no more.
     pub fn stop_server(&self) -> Result<()> {
-        let mut server = self.exports.server();
-        server.take().ok_or_else(not_running)?.shutdown(GRACE);
+        let server = self.exports.server().take().ok_or_else(not_running)?;
         // Those whose disks hang are on the list until they answer.
         self.exports.list.lock().values_mut().for_each(|(_, info)| info.shutting_down = true);
+        // Whoever asks for exports meanwhile does not wait for it.
+        server.shutdown(GRACE);
         Ok(())
+    }
+
+    /// How many clients are connected over NBD, whatever they read.
+    pub fn nbd_clients(&self) -> usize {
+        self.exports.connected.load(Ordering::Relaxed)
     }
 
     /// The daemon's end: no client reads or writes anything any more.

@@ -75,7 +75,8 @@ impl Backups {
             let changes = self.manager.changes(&request.disk, &from, &to, None)?;
             export = export.context(Arc::new(BitmapContext::new(since, Arc::new(changes.into_bitmap()))));
         }
-        let server = Server::new(Config::default());
+        let server =
+            Server::new(Config { connected: Arc::clone(&self.exports.connected), ..Config::default() });
         server
             .add_export(export.description(format!("disk {} of snapshot {}", request.disk, request.name)))?;
         let listening = server.listen(self.exports.sockets.address_of(&request.addr)?)?;

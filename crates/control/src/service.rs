@@ -191,6 +191,9 @@ pub struct DaemonStatus {
     pub prepared: Option<String>,
     /// How many snapshots there are.
     pub snapshots: u64,
+    /// How many clients are connected over NBD.
+    #[serde(default)]
+    pub nbd_clients: u64,
     /// What the daemon is kept from.
     #[serde(default)]
     pub sandbox: Confined,

@@ -1,5 +1,7 @@
 //! A service that only pretends, for tests of the server and of its clients.
 
+mod samples;
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -10,16 +12,13 @@ use backup::{
     Action, CompletionMode, ExportInfo, ExportOptions, ImageOptions, NodeInfo, NodeOptions, ServeRequest,
     ServerOptions, Serving, TlsCredentials,
 };
-use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, Stats, WriteErrors};
-use hostio::{Cache, Confined, Held};
-use snapshot::probe::{FsKind, FsVerdict, Verdict};
+use block::{ByteRange, DirtyBitmap, Error, ErrorKind, IoStatus, Result, Stats};
+use hostio::{Confined, Held};
 use snapshot::{
-    BitmapInfo, BlockJobInfo, Changes, CheckpointDisk, CheckpointRecord, CheckpointRequest, ClientId,
-    CommitRequest, CreateRequest, DeleteRequest, DiskLayer, DiskProbe, DiskStatus, Event, FreezeOwner, Grade,
-    ImageFormat, JobInfo, JobOptions, JobStatus, JobType, JobVerb, SnapshotDisk, SnapshotRecord,
-    StreamRequest, Timing,
+    BitmapInfo, BlockJobInfo, Changes, CheckpointRecord, CheckpointRequest, ClientId, CommitRequest,
+    CreateRequest, DeleteRequest, DiskProbe, DiskStatus, Event, FreezeOwner, ImageFormat, JobInfo,
+    JobOptions, JobStatus, JobType, JobVerb, SnapshotRecord, StreamRequest,
 };
-use time::OffsetDateTime;
 
 use crate::{DaemonStatus, Service};
 
@@ -123,10 +122,6 @@ fn missing(name: &str) -> Error {
     Error::new(ErrorKind::NotFound, format!("no snapshot is named {name}"))
 }
 
-fn image(id: &str) -> SnapshotDisk {
-    SnapshotDisk { id: id.to_owned(), path: PathBuf::from("/images/base.raw"), format: ImageFormat::Raw }
-}
-
 impl Service for Fake {
     fn create(&self, request: CreateRequest) -> Result<SnapshotRecord> {
         match request.name.as_str() {
@@ -140,17 +135,7 @@ impl Service for Fake {
             return Err(Error::new(ErrorKind::Busy, format!("a snapshot is already named {}", request.name)));
         }
         let disks = request.disks.unwrap_or_else(|| vec!["vda".to_owned()]);
-        let record = SnapshotRecord {
-            name: request.name,
-            time: OffsetDateTime::UNIX_EPOCH,
-            grade: Grade::Filesystem,
-            reason: "2 of 2 file systems were frozen".to_owned(),
-            frozen_count: Some(2),
-            thawed_count: Some(2),
-            timing: Timing { prepare: 1.5, freeze: Some(20.0), frozen: Some(25.25), ..Timing::default() },
-            sealed: true,
-            disks: disks.iter().map(|id| image(id)).collect(),
-        };
+        let record = samples::snapshot(request.name, &disks);
         state.snapshots.push(record.clone());
         drop(state);
         self.send(Event::Created { snapshot: Box::new(record.clone()) });
@@ -187,18 +172,7 @@ impl Service for Fake {
 
     fn probe(&self, name: &str) -> Result<Vec<DiskProbe>> {
         self.show(name)?;
-        let volume = FsVerdict {
-            partition: Some(1),
-            name: None,
-            label: None,
-            offset: 1 << 20,
-            size: 1 << 30,
-            kind: FsKind::Ext4,
-            verdict: Verdict::Clean,
-            detail: "needs_recovery is not set".to_owned(),
-            unknowable: FsKind::Ext4.unknowable().to_owned(),
-        };
-        Ok(vec![DiskProbe { id: "vda".to_owned(), volumes: vec![volume] }])
+        Ok(vec![samples::probe()])
     }
 
     fn delete(&self, request: DeleteRequest) -> Result<String> {
@@ -220,22 +194,7 @@ impl Service for Fake {
     }
 
     fn block_jobs(&self) -> Vec<BlockJobInfo> {
-        let told = |job: JobInfo| BlockJobInfo {
-            r#type: job.r#type,
-            device: job.id,
-            len: job.total_progress,
-            offset: job.current_progress,
-            busy: job.status == JobStatus::Running,
-            paused: job.status == JobStatus::Paused,
-            speed: 0,
-            io_status: IoStatus::Ok,
-            ready: false,
-            status: job.status,
-            auto_finalize: true,
-            auto_dismiss: true,
-            error: job.error,
-        };
-        self.jobs().into_iter().map(told).collect()
+        self.jobs().into_iter().map(samples::block_job).collect()
     }
 
     fn ask_job(&self, id: &str, verb: JobVerb) -> Result<()> {
@@ -287,14 +246,7 @@ impl Service for Fake {
 
     fn checkpoint_create(&self, request: CheckpointRequest) -> Result<CheckpointRecord> {
         let disks = request.disks.unwrap_or_else(|| vec!["vda".to_owned()]);
-        let part = |id| CheckpointDisk { id, boundary: 1, capacity: 1 << 30 };
-        let record = CheckpointRecord {
-            name: request.name,
-            time: OffsetDateTime::UNIX_EPOCH,
-            grade: Grade::Crash,
-            reason: "the guest was not asked".to_owned(),
-            disks: disks.into_iter().map(part).collect(),
-        };
+        let record = samples::checkpoint(request.name, disks);
         self.lock().checkpoints.push(record.clone());
         Ok(record)
     }
@@ -345,15 +297,7 @@ impl Service for Fake {
     }
 
     fn nodes(&self) -> Vec<NodeInfo> {
-        let (node_name, filename) = ("target".to_owned(), PathBuf::from("/backups/vda.raw"));
-        vec![NodeInfo {
-            node_name,
-            driver: "raw",
-            filename,
-            virtual_size: 1 << 30,
-            read_only: false,
-            dirty_bitmaps: Vec::new(),
-        }]
+        vec![samples::node()]
     }
 
     fn set_drive(&self, _path: &str, _node: &str) -> Result<()> {
@@ -369,15 +313,7 @@ impl Service for Fake {
     }
 
     fn bitmaps(&self, _disk: &str) -> Result<Vec<BitmapInfo>> {
-        Ok(vec![BitmapInfo {
-            name: "b".to_owned(),
-            count: 1 << 16,
-            granularity: 1 << 16,
-            recording: true,
-            busy: false,
-            persistent: true,
-            inconsistent: false,
-        }])
+        Ok(vec![samples::bitmap()])
     }
 
     fn add_credentials(&self, _credentials: &TlsCredentials) -> Result<()> {
@@ -436,27 +372,9 @@ impl Service for Fake {
     }
 
     fn disks(&self) -> Vec<DiskStatus> {
-        let layer = |number: u32, path: &str, format| DiskLayer {
-            node_name: format!("vda.{number}"),
-            path: PathBuf::from(path),
-            format,
-            virtual_size: 1 << 30,
-            actual_size: Some(4096 << number),
-        };
-        let base = layer(0, "/images/base.raw", ImageFormat::Raw);
-        let overlay = layer(1, "/images/vda.1.qcow2", ImageFormat::Qcow2);
         let state = self.lock();
-        vec![DiskStatus {
-            id: "vda".to_owned(),
-            capacity: state.capacity.unwrap_or(1 << 30),
-            read_only: false,
-            connected: true,
-            cache: Cache::None,
-            write_errors: WriteErrors::Enospc,
-            io_status: if state.resumed { IoStatus::Ok } else { IoStatus::NoSpace },
-            parked: 2,
-            layers: vec![base, overlay],
-        }]
+        let io_status = if state.resumed { IoStatus::Ok } else { IoStatus::NoSpace };
+        vec![samples::disk(state.capacity.unwrap_or(1 << 30), io_status)]
     }
 
     fn stats(&self) -> Vec<(String, Stats)> {
@@ -474,7 +392,8 @@ impl Service for Fake {
             thaw_owed: false,
             prepared: state.prepared.as_ref().map(|request| request.name.clone()),
             snapshots: state.snapshots.len() as u64,
-            sandbox: Confined { landlock: Held::Full, seccomp: Held::Unavailable, complaints: Vec::new() },
+            nbd_clients: 1,
+            sandbox: Confined { landlock: Held::Full, seccomp: Held::Unavailable, ..Confined::default() },
         }
     }
 

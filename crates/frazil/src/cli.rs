@@ -66,7 +66,7 @@ pub(crate) struct Serve {
     /// A TOML file with the same words as keys, instead of all other flags.
     #[arg(long, value_name = "FILE")]
     #[arg(conflicts_with_all = ["state", "control", "agent", "disks", "freeze_owner", "freeze", "pre_sync", "allow_folders",
-        "target_folders", "sandbox", "metrics", "users"])]
+        "target_folders", "tls_folders", "sandbox", "metrics", "users"])]
     pub(crate) config: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) flags: ServeFlags,
@@ -100,10 +100,13 @@ pub(crate) struct ServeFlags {
     /// the image's own folder.
     #[arg(long = "allow-folder", value_name = "DIR")]
     pub(crate) allow_folders: Vec<PathBuf>,
-    /// A folder, or a device, that clients may name for backups, exports, NBD sockets and certificates, besides the
+    /// A folder, or a device, that clients may name for backups, exports and NBD sockets, besides the
     /// folders of the images and of the daemon's own sockets; may be given many times.
     #[arg(long = "target-folder", value_name = "DIR")]
     pub(crate) target_folders: Vec<PathBuf>,
+    /// A folder of certificates that clients may name for TLS, which the daemon only reads; may be given many times.
+    #[arg(long = "tls-folder", value_name = "DIR")]
+    pub(crate) tls_folders: Vec<PathBuf>,
     /// Keep the daemon to its folders (Landlock) and to the system calls that it needs (seccomp).
     #[arg(long, value_name = "SWITCH", default_value = "on", value_parser = word::<SandboxMode>())]
     pub(crate) sandbox: SandboxMode,

@@ -41,6 +41,8 @@ pub(crate) struct Config {
     pub(crate) allow_folders: Vec<PathBuf>,
     /// Folders besides its own where clients may have it write: of backups, exports and NBD sockets.
     pub(crate) target_folders: Vec<PathBuf>,
+    /// Folders of certificates that clients may have it read.
+    pub(crate) tls_folders: Vec<PathBuf>,
     /// What it keeps itself from.
     pub(crate) sandbox: SandboxMode,
     /// Where metrics are served, if anywhere.
@@ -61,7 +63,8 @@ impl Config {
         absolute(&mut self.state)?;
         absolute(&mut self.control)?;
         self.agent.as_mut().map_or(Ok(()), absolute)?;
-        self.allow_folders.iter_mut().chain(&mut self.target_folders).try_for_each(absolute)?;
+        let folders = self.allow_folders.iter_mut().chain(&mut self.target_folders);
+        folders.chain(&mut self.tls_folders).try_for_each(absolute)?;
         if let Some(MetricsAddress::Unix(path)) = &mut self.metrics {
             absolute(path)?;
         }

@@ -117,6 +117,7 @@ fn from_flags(flags: cli::ServeFlags) -> Result<Config, Mistake> {
         pre_sync: flags.pre_sync,
         allow_folders: flags.allow_folders,
         target_folders: flags.target_folders,
+        tls_folders: flags.tls_folders,
         sandbox: flags.sandbox,
         metrics: flags.metrics,
         users: flags.users,

@@ -234,7 +234,8 @@ fn a_bad_command_line_or_file_ends_in_2_and_names_the_mistake() {
     assert_eq!(code(&output), 2);
     let expected = format!(
         "frazil: read {}: unknown key `colour`; the keys are state, control, agent, freeze-owner, freeze, pre-sync, \
-         allow-folders, target-folders, sandbox, metrics, users, disk\nhint: `frazil serve --help` lists the words and their values\n",
+         allow-folders, target-folders, tls-folders, sandbox, metrics, users, disk\n\
+         hint: `frazil serve --help` lists the words and their values\n",
         file.display()
     );
     assert_eq!(stderr(&output), expected);

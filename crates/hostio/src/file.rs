@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::lock;
+use crate::sandbox::explain;
 
 /// Whether data I/O goes through the host's page cache.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -134,7 +135,10 @@ impl HostFile {
 /// Opens a regular file or a block device; anything else is refused, before it could block us.
 fn open_plain(path: &Path, options: &mut OpenOptions) -> Result<File> {
     // Without O_NONBLOCK a FIFO would hold the open until somebody writes to it.
-    let file = options.custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path).map_err(opening)?;
+    let file = options
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)
+        .map_err(|error| opening(path, error))?;
     let metadata = file.metadata()?;
     if !metadata.file_type().is_block_device() && !metadata.is_file() {
         return Err(Error::new(ErrorKind::InvalidInput, "neither a regular file nor a block device"));
@@ -144,13 +148,13 @@ fn open_plain(path: &Path, options: &mut OpenOptions) -> Result<File> {
 }
 
 /// Says what to do where the process has too many files open: a long chain has many.
-fn opening(error: std::io::Error) -> Error {
+fn opening(path: &Path, error: std::io::Error) -> Error {
     match Errno::from_io_error(&error) {
         Some(Errno::MFILE) => Error::from(error).context(
             "the process may open no more files; raise its limit (LimitNOFILE= of the unit, `ulimit -Hn`), or merge \
              layers",
         ),
-        _ => error.into(),
+        _ => explain(path, error),
     }
 }
 

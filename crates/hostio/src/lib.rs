@@ -20,6 +20,6 @@ pub use limits::raise_open_files;
 pub use mapped::MappedFile;
 pub use peers::{accept, admit_only};
 pub use ring::{Completion, Ring, read_cached, read_now, write_now};
-pub use sandbox::{Confined, Held, Reach, Sandbox, confine};
+pub use sandbox::{Confined, Held, Reach, Sandbox, confine, explain};
 pub use small::{boot_id, free_space, remove_file, replace_file, sync_dir};
 pub use socket::{Listener, Loopback};

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -37,6 +38,8 @@ pub struct Config {
     pub patience: Duration,
     /// With it, clients must begin TLS before anything else.
     pub tls: Option<Tls>,
+    /// How many are connected, of this server and of all others that count here.
+    pub connected: Arc<AtomicUsize>,
 }
 
 impl Default for Config {
@@ -46,6 +49,7 @@ impl Default for Config {
             handshake: Duration::from_secs(30),
             patience: Duration::from_secs(60),
             tls: None,
+            connected: Arc::default(),
         }
     }
 }
@@ -249,6 +253,7 @@ impl Shared {
         clients.next += 1;
         clients.sockets.insert(number, Arc::clone(&socket));
         clients.undecided.insert(number);
+        self.config.connected.fetch_add(1, Ordering::Relaxed);
         Some(Place { shared: Arc::clone(self), number, socket })
     }
 }
@@ -304,6 +309,7 @@ impl Drop for Place {
         let mut clients = self.shared.clients();
         clients.sockets.remove(&self.number);
         clients.undecided.remove(&self.number);
+        self.shared.config.connected.fetch_sub(1, Ordering::Relaxed);
         drop(clients);
         self.shared.left.notify_all();
     }

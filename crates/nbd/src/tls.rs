@@ -12,6 +12,11 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKey
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 
+const AUTHORITY: &str = "ca-cert.pem";
+const REVOKED: &str = "ca-crl.pem";
+const CERTIFICATE: &str = "server-cert.pem";
+const KEY: &str = "server-key.pem";
+
 /// What a server shows of itself, and which clients it takes. With it, plain text is refused.
 #[derive(Clone)]
 pub struct Tls(Arc<ServerConfig>);
@@ -23,6 +28,9 @@ impl fmt::Debug for Tls {
 }
 
 impl Tls {
+    /// The names of the files that are read, as far as they are there.
+    pub const FILES: [&str; 4] = [AUTHORITY, REVOKED, CERTIFICATE, KEY];
+
     /// Reads `server-cert.pem` and `server-key.pem` in `folder`. With `verify_clients` a client must have a certificate
     /// that the authority in `ca-cert.pem` signed and `ca-crl.pem`, if there is one, does not take back.
     ///
@@ -38,18 +46,18 @@ impl Tls {
             false => builder.with_no_client_auth(),
             true => {
                 let mut roots = RootCertStore::empty();
-                for certificate in certificates(&folder.join("ca-cert.pem"))? {
+                for certificate in certificates(&folder.join(AUTHORITY))? {
                     roots.add(certificate).map_err(invalid)?;
                 }
                 let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
-                    .with_crls(revocations(&folder.join("ca-crl.pem"))?)
+                    .with_crls(revocations(&folder.join(REVOKED))?)
                     .build()
                     .map_err(invalid)?;
                 builder.with_client_cert_verifier(verifier)
             }
         };
-        let chain = certificates(&folder.join("server-cert.pem"))?;
-        let path = folder.join("server-key.pem");
+        let chain = certificates(&folder.join(CERTIFICATE))?;
+        let path = folder.join(KEY);
         let key = PrivateKeyDer::from_pem_slice(&read(&path)?)
             .map_err(invalid)
             .context(|| format!("read the key in {}", path.display()))?;

@@ -252,6 +252,7 @@ impl Chain {
             write_errors: self.parking.policy(),
             io_status: self.parking.status(),
             parked: self.parking.parked() as u64,
+            in_flight: self.pulse.read().in_flight,
             layers: layers.iter().map(image).collect(),
         }
     }

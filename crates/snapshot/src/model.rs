@@ -424,6 +424,8 @@ pub struct DiskStatus {
     pub io_status: IoStatus,
     /// How many do.
     pub parked: u64,
+    /// Requests that were taken from the rings and are not answered, those that wait included.
+    pub in_flight: u64,
     /// The chain's images, the base first, the active layer last.
     pub layers: Vec<DiskLayer>,
 }

@@ -33,7 +33,9 @@ fn the_daemon_is_confined_unless_it_is_told_not_to_be() {
     let cores = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(cores.split_whitespace().nth(4), Some("0"), "{cores}");
     assert_eq!(sandbox(&served)["seccomp"], "full");
-    assert!(["full", "partial"].contains(&sandbox(&served)["landlock"].as_str().unwrap()));
+    let told = sandbox(&served);
+    assert!(["full", "partial"].contains(&told["landlock"].as_str().unwrap()));
+    assert_eq!(told["landlock"] == "full", told["missing"] == json!([]), "{told}");
     served.restart_with(&["--sandbox", "landlock"]);
     assert_eq!((status(&served, "Seccomp"), status(&served, "NoNewPrivs")), ("0".into(), "1".into()));
     assert_eq!(sandbox(&served)["seccomp"], "off");
@@ -44,7 +46,7 @@ fn without_a_sandbox_nothing_is_confined() {
     let mut served = Served::start(WANTED);
     served.restart_with(&["--sandbox", "off"]);
     assert_eq!((status(&served, "Seccomp"), status(&served, "NoNewPrivs")), ("0".into(), "0".into()));
-    assert_eq!(sandbox(&served), json!({ "landlock": "off", "seccomp": "off" }));
+    assert_eq!(sandbox(&served), json!({ "landlock": "off", "seccomp": "off", "missing": [] }));
     let outside = tempfile::tempdir().unwrap();
     served.ask("snapshot-create", json!({ "name": "one" }));
     let target = outside.path().join("copy");
@@ -84,7 +86,8 @@ fn clients_reach_nothing_outside_of_its_folders() {
     ];
     for (command, arguments) in &calls {
         let refusal = served.refusal(command, arguments.clone());
-        assert!(refusal.contains("--target-folder"), "{command}: {refusal}");
+        let flag = if *command == "object-add" { "--tls-folder" } else { "--target-folder" };
+        assert!(refusal.contains(flag), "{command}: {refusal}");
     }
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
     served.restart_with(&["--target-folder", outside.path().to_str().unwrap()]);

@@ -158,6 +158,7 @@ pub(super) fn status(status: &Status) -> String {
             format!("Landlock {}, seccomp {}", word(&daemon.sandbox.landlock), word(&daemon.sandbox.seccomp)),
         ),
     ];
+    facts.extend(daemon.sandbox.missing.iter().map(|what| ("not closed", what.clone())));
     facts.extend(daemon.prepared.iter().map(|name| ("prepared", format!("{name}, waits for its release"))));
     let waiting = disks.iter().filter(|disk| disk.parked > 0).map(|disk| {
         let why = if disk.io_status == IoStatus::NoSpace { "room on the host" } else { "the host" };

@@ -16,6 +16,7 @@ const KEYS: &[&str] = &[
     "pre-sync",
     "allow-folders",
     "target-folders",
+    "tls-folders",
     "sandbox",
     "metrics",
     "users",
@@ -33,6 +34,7 @@ pub(crate) fn read(text: &str) -> Result<Config, Mistake> {
     let disks = disks(table.remove("disk"))?;
     let allow_folders = folders("allow-folders", table.remove("allow-folders"))?;
     let target_folders = folders("target-folders", table.remove("target-folders"))?;
+    let tls_folders = folders("tls-folders", table.remove("tls-folders"))?;
     let users = users(table.remove("users"))?;
     let mut words = |key: &str| table.remove(key).map(|value| word(key, value)).transpose();
     let missing = |key, example| Mistake::Missing { key, example };
@@ -45,6 +47,7 @@ pub(crate) fn read(text: &str) -> Result<Config, Mistake> {
         pre_sync: meant("pre-sync", words("pre-sync")?, true)?,
         allow_folders,
         target_folders,
+        tls_folders,
         sandbox: meant("sandbox", words("sandbox")?, SandboxMode::default())?,
         users,
         metrics: words("metrics")?.map(|text| parse_metrics(&text)).transpose()?,

@@ -122,6 +122,7 @@ freeze = "never"
 pre-sync = "off"
 allow-folders = ["/srv/templates", "more"]
 target-folders = ["out"]
+tls-folders = ["pki"]
 sandbox = "landlock"
 metrics = "unix:metrics.sock"
 users = [0, 64055]
@@ -154,6 +155,7 @@ fn a_file_says_the_same_as_flags_and_its_paths_start_from_its_folder() {
     assert!(!config.pre_sync);
     assert_eq!(config.allow_folders, ["/srv/templates", "/etc/frazil/more"].map(PathBuf::from));
     assert_eq!(config.target_folders, [PathBuf::from("/etc/frazil/out")]);
+    assert_eq!(config.tls_folders, [PathBuf::from("/etc/frazil/pki")]);
     assert_eq!((config.sandbox, config.users), (SandboxMode::Landlock, vec![0, 64055]));
     assert_eq!(config.metrics, Some(MetricsAddress::Unix("/etc/frazil/metrics.sock".into())));
     let flags = [
@@ -178,7 +180,7 @@ fn a_mistake_in_a_file_names_the_key_and_the_way_out() {
         (
             "disks = []",
             "unknown key `disks`; the keys are state, control, agent, freeze-owner, freeze, pre-sync, allow-folders, \
-             target-folders, sandbox, metrics, users, disk",
+             target-folders, tls-folders, sandbox, metrics, users, disk",
         ),
         ("freeze = [1]\n[[disk]]", "[[disk]] number 1: key `id` is missing; add id=vda"),
         (

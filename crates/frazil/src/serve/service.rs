@@ -227,7 +227,7 @@ impl Service for Daemon {
     }
 
     fn add_credentials(&self, credentials: &TlsCredentials) -> Result<()> {
-        self.confinement.check(&credentials.dir)?;
+        self.confinement.check_certificates(credentials)?;
         self.backups.add_credentials(credentials)
     }
 
@@ -295,6 +295,7 @@ impl Service for Daemon {
             thaw_owed: self.manager.thaw_owed(),
             prepared: self.manager.prepared(),
             snapshots: self.manager.list().len() as u64,
+            nbd_clients: self.backups.nbd_clients() as u64,
             sandbox: self.confinement.state.clone(),
         }
     }

@@ -21,7 +21,7 @@ fn is_child() -> Option<PathBuf> {
 }
 
 fn confine_to(folder: &Path) -> Confined {
-    let reach = Reach { own: vec![folder.to_owned()], existing: Vec::new() };
+    let reach = Reach { own: vec![folder.to_owned()], ..Reach::default() };
     let confined = confine(&Sandbox { reach: Some(reach), filter: true }).unwrap();
     assert!(matches!(confined.landlock, Held::Full | Held::Partial), "{confined:?}");
     assert_eq!(confined.seccomp, Held::Full);
@@ -61,6 +61,41 @@ fn a_confined_process_works_in_its_folders_and_nowhere_else() {
     refused(TcpStream::connect(listener.local_addr().unwrap()).map(drop));
     let status = fs::read_to_string("/proc/self/status");
     assert!(status.is_err(), "nothing in /proc is its business");
+    let open = |path: &Path| {
+        let how = crate::Open { writable: false, cache: crate::Cache::Writeback };
+        crate::HostFile::open(path, how).unwrap_err().to_string()
+    };
+    let told = open(&secret);
+    assert!(told.contains(secret.to_str().unwrap()) && told.contains("--target-folder"), "{told}");
+    let plain = open(&folder.join("absent"));
+    assert!(!plain.contains("sandbox"), "{plain}");
+}
+
+#[test]
+fn what_is_only_to_be_read_can_not_be_written() {
+    let Some(folder) = is_child() else {
+        let folder = tempfile::tempdir().unwrap();
+        let output = alone("what_is_only_to_be_read_can_not_be_written", folder.path());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        return;
+    };
+    let outside = tempfile::tempdir().unwrap();
+    let key = outside.path().join("key");
+    fs::write(&key, "key").unwrap();
+    let reach = Reach { own: vec![folder], readable: vec![outside.path().to_owned()], ..Reach::default() };
+    confine(&Sandbox { reach: Some(reach), filter: false }).unwrap();
+    assert_eq!(fs::read(&key).unwrap(), b"key");
+    assert!(fs::write(&key, "other").is_err() && fs::remove_file(&key).is_err());
+    assert!(fs::write(outside.path().join("new"), "new").is_err());
+}
+
+#[test]
+fn what_an_older_landlock_leaves_open_is_said() {
+    let all = left_open(ABI::V2);
+    assert_eq!(all.len(), CLOSED_SINCE.len());
+    let words = left_open(ABI::V5);
+    assert!(words.len() == 1 && words[0].contains("signals"), "{words:?}");
+    assert!(left_open(NEWEST).is_empty());
 }
 
 #[test]

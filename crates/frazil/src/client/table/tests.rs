@@ -98,10 +98,11 @@ fn a_snapshot_without_agent_says_so() {
 fn the_status_leads_with_a_thaw_that_is_owed_and_lists_the_disks() {
     let status = status(&decoded(json!({
         "uptime": 93_784, "state": "/st", "free": 1_610_612_736_u64, "freeze-owner": "frazil", "agent": "/a.sock",
-        "thaw-owed": true, "prepared": "monday", "snapshots": 3, "sandbox": { "landlock": "partial", "seccomp": "full" },
+        "thaw-owed": true, "prepared": "monday", "snapshots": 3,
+        "sandbox": { "landlock": "partial", "seccomp": "full", "missing": ["outgoing TCP"] },
         "disks": [{
             "id": "vda", "capacity": 8_u64 << 30, "read-only": false, "connected": true,
-            "cache": "writeback", "werror": "enospc", "io-status": "nospace", "parked": 3,
+            "cache": "writeback", "werror": "enospc", "io-status": "nospace", "parked": 3, "in-flight": 4,
             "layers": [
                 { "node-name": "vda.0", "virtual-size": 1024, "path": "/img/root.img", "format": "raw" },
                 { "node-name": "vda.1", "virtual-size": 1024, "path": "/img/root.vda-000001.qcow2", "format": "qcow2" },
@@ -117,6 +118,7 @@ agent      /a.sock
 thaw       OWED: the guest may be frozen, Frazil keeps trying
 snapshots  3
 sandbox    Landlock partial, seccomp full
+not closed outgoing TCP
 prepared   monday, waits for its release
 waiting    3 requests of disk vda wait for room on the host
 

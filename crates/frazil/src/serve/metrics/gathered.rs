@@ -57,6 +57,7 @@ impl Out<'_> {
         let owed = u64::from(status.thaw_owed);
         self.gauge("thaw_owed", "Whether a guest may be frozen and has not confirmed a thaw", owed)?;
         self.gauge("nbd_exports", "What is offered over NBD", exports as u64)?;
+        self.gauge("nbd_clients", "Clients that are connected over NBD", status.nbd_clients)?;
         let parts = [("landlock", status.sandbox.landlock), ("seccomp", status.sandbox.seccomp)];
         let parts = parts.map(|(part, state)| (vec![("part", part)], held(state)));
         self.gauges("sandbox", "Whether this part of the sandbox is in force", parts.into())
@@ -70,6 +71,9 @@ impl Out<'_> {
         each("disk_capacity_bytes", "The disk's size", &|disk| disk.capacity)?;
         each("disk_connected", "Whether a front-end is connected", &|disk| disk.connected.into())?;
         each("disk_parked_requests", "Requests that wait for the host", &|disk| disk.parked)?;
+        each("disk_in_flight_requests", "Requests taken from the rings and not answered", &|disk| {
+            disk.in_flight
+        })?;
         each("disk_layers", "Length of the chain", &|disk| disk.layers.len() as u64)?;
         each("disk_active_layer_allocated_bytes", "What the active layer takes on the host", &|disk| {
             disk.layers.last().and_then(|layer| layer.actual_size).unwrap_or_default()
