@@ -80,21 +80,10 @@ impl Guest {
         monitor.execute("object-add", backend)?;
         monitor.execute("device_add", json!({"driver": "pc-dimm", "id": "dimm", "memdev": "more"}))?;
         eventually("the guest to use its new memory", PLUG, || {
-            // `movable`, so that it can be let go of again.
+            // `movable` is what hosts plug in, to take it out again one day.
             self.run("for state in /sys/devices/system/memory/memory*/state; do grep -q offline $state && echo online_movable >$state; done; true")?;
             Ok((self.memory_kib()? >= before + size / 1024 * 9 / 10).then_some(()))
         })
-    }
-
-    /// Has the guest let go of the memory that was plugged in, and takes it out.
-    pub fn unplug_memory(&mut self) -> Result<()> {
-        let mut monitor = self.monitor()?;
-        eventually("the guest to let go of its new memory", PLUG, || {
-            // It is refused while a page of it can not be moved just then.
-            monitor.execute("device_del", json!({"id": "dimm"})).ok();
-            Ok(monitor.wait_for_event("DEVICE_DELETED", Duration::from_secs(5)).ok())
-        })?;
-        monitor.execute("object-del", json!({"id": "more"})).map(drop)
     }
 
     /// The guest's memory, as it counts it.

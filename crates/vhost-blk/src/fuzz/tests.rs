@@ -115,7 +115,15 @@ fn messages_go_where_the_model_says() {
         ("channel", piece(socket, &message(21, 1, &[]))),
         ("record-asked", [features.clone(), piece(0, &message(31, 1, &shape(0)))].concat()),
         ("record-given", [features, piece(memory, &message(32, 9, &shape(4096)))].concat()),
-        ("log", [piece(0, &message(16, 1, &10_u64.to_ne_bytes())), piece(memory, &message(6, 1, &log)), piece(event, &message(7, 9, &[]))].concat()),
+        (
+            "log",
+            [
+                piece(0, &message(16, 1, &10_u64.to_ne_bytes())),
+                piece(memory, &message(6, 1, &log)),
+                piece(event, &message(7, 9, &[])),
+            ]
+            .concat(),
+        ),
         ("long", [&[0x80, 0x10, 0x0c][..], &message(24, 1, &[7; 4096])].concat()),
     ];
     keep_seeds("vhost_user_messages", &made);
