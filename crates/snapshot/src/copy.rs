@@ -113,8 +113,8 @@ impl DiskCopy {
         total
     }
 
-    /// Copies some pieces, `most` bytes of them or a little more; how many bytes, or `None` if there are none to copy.
-    /// It returns soon, also where the target is slow.
+    /// Copies some pieces, `most` bytes of them or a little more, one piece at least; how many bytes, or `None` if there are
+    /// none to copy. It returns soon, also where the target is slow.
     ///
     /// A failure is told by itself, after what was copied. Its piece is tried again by the next step, or
     /// [left out](Self::skip).
@@ -122,7 +122,9 @@ impl DiskCopy {
         if let Some(failure) = self.failure.take() {
             return Err(failure);
         }
-        while self.pieces.len() < MAX_PIECES && self.bytes_ahead() < AHEAD.min(most) && self.resolve() {}
+        // Something, however little is asked for: nothing ahead means that all is copied.
+        let enough = AHEAD.min(most).max(1);
+        while self.pieces.len() < MAX_PIECES && self.bytes_ahead() < enough && self.resolve() {}
         if self.pieces.is_empty() {
             return Ok(None);
         }

@@ -49,6 +49,20 @@ fn a_whole_disk_is_copied_over_whatever_was_there() {
     assert!(content(&*target) == bytes());
 }
 
+/// A job that may copy less than ten bytes a second was over at once, with success and nothing in its target.
+#[test]
+fn a_copy_is_not_over_because_nothing_may_be_copied_at_once() {
+    let (_, source) = raw(&bytes());
+    let (_, target) = raw(&[9; SIZE]);
+    let mut copy = DiskCopy::new(source, Arc::clone(&target), None);
+    let mut copied = 0;
+    while let Some(len) = copy.step(0).unwrap() {
+        copied += len;
+    }
+    assert_eq!(copied, SIZE as u64);
+    assert!(content(&*target) == bytes());
+}
+
 #[test]
 fn a_target_that_reads_as_zeroes_stays_sparse() {
     let (_, source) = raw(&bytes());
