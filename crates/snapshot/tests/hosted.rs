@@ -113,6 +113,32 @@ fn a_hosted_job_that_fails_or_is_called_off_says_so() {
     }
 }
 
+/// Work that has something to do when it is called off, and can not.
+struct Hampered;
+
+impl Labor for Hampered {
+    fn run(self: Box<Self>, job: &Job) -> Result<(), Halt> {
+        while job.pause_point(Duration::from_secs(3600)).is_ok() {}
+        Err(Error::new(ErrorKind::NoSpace, "no room").into())
+    }
+}
+
+/// A backup with `sync: none` whose target could not be synced was told of as one that was whole.
+#[test]
+fn a_job_that_fails_after_it_was_called_off_says_so() {
+    let bench = Bench::new(&["vda"]);
+    let manager = bench.open();
+    let events = manager.subscribe();
+    manager.enter_job(asked("b")).unwrap().start(Box::new(Hampered)).unwrap();
+    manager.ask_job("b", JobVerb::Cancel).unwrap();
+    wait_for(&manager, "b", JobStatus::Concluded);
+    let ended: Vec<_> = events.try_iter().filter(|event| event.addressee() == Some(7)).collect();
+    match &ended[..] {
+        [Event::JobCompleted { end, .. }] => assert_eq!(end.error.as_deref(), Some("no room")),
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn the_last_step_waits_for_a_client_if_it_was_asked_to() {
     let bench = Bench::new(&["vda"]);

@@ -181,6 +181,11 @@ impl Job {
         Ok(())
     }
 
+    /// It has failed, whether or not somebody has called it off: who waits for what it does then must be told.
+    pub(crate) fn fail(&self) {
+        self.state().machine.fail();
+    }
+
     /// The end: why it failed, if it did.
     pub(crate) fn conclude(&self, error: Option<String>) -> Result<()> {
         self.state().error = error;

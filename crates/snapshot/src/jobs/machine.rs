@@ -139,6 +139,11 @@ impl Machine {
         (self.finalized, self.cancelled) = (all_well, !all_well);
     }
 
+    /// It has failed of itself: that it was called off before is not why it ends.
+    pub(crate) fn fail(&mut self) {
+        self.cancelled = false;
+    }
+
     /// Checks and notes what a client asks. The job itself follows when it next looks for a [`Wish`].
     pub(crate) fn ask(&mut self, id: &str, verb: Verb) -> Result<()> {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));

@@ -328,14 +328,18 @@ impl Inner {
     /// Concludes a job whose work has ended.
     pub(super) fn finish(&self, entry: &Entry, worked: std::result::Result<(), Halt>) {
         let id = entry.job.id();
+        let failed = |story| {
+            entry.job.fail();
+            Some(story)
+        };
         let story = match worked {
             Ok(()) => {
                 info!(job = id, "done");
                 None
             }
-            Err(Halt::Stopped) => Some("the daemon ended".to_owned()),
+            Err(Halt::Stopped) => failed("the daemon ended".to_owned()),
             Err(Halt::Cancelled) => Some(CANCELLED.to_owned()),
-            Err(Halt::Failed(error)) => Some(error.to_string()),
+            Err(Halt::Failed(error)) => failed(error.to_string()),
         };
         if let Some(story) = &story {
             warn!(job = id, story, "the job did not succeed");
