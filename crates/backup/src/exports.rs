@@ -17,7 +17,7 @@ use snapshot::{Event, Manager, Pin, Point};
 use crate::actions::{Backups, Named};
 use crate::address::{SocketAddress, Sockets};
 use crate::model::BitmapSource;
-use crate::nodes::{Backing, Filter, Kind, Node, Writing, is_well_formed, no_node};
+use crate::nodes::{Backing, Filter, Kind, Node, Shown, Writing, is_well_formed, no_node};
 
 /// How long clients whose requests are under way are waited for when the server stops.
 pub(crate) const GRACE: Duration = Duration::from_secs(5);
@@ -169,6 +169,8 @@ struct Content {
     layers: Vec<Arc<dyn Layer>>,
     /// Of a disk that was cut.
     pin: Option<Arc<Pin>>,
+    /// Of an image over a disk.
+    shown: Option<Arc<Shown>>,
     /// An image that nobody else may write.
     writing: Option<Writing>,
     node: Option<Arc<Node>>,
@@ -266,11 +268,11 @@ impl Backups {
             node_name: options.node_name,
             shutting_down: false,
         };
-        let Content { pin, writing, node, .. } = content;
+        let Content { pin, shown, writing, node, .. } = content;
         let (list, manager, id) =
             (Arc::clone(&self.exports.list), Arc::clone(&self.manager), options.id.clone());
         let export = export.on_gone(move || {
-            drop((pin, writing, node));
+            drop((pin, shown, writing, node));
             if list.lock().remove(&id).is_some() {
                 manager.tell(Event::ExportDeleted { id });
             }
@@ -331,13 +333,14 @@ impl Backups {
                 }
                 Kind::Image { disk, backing, .. } => {
                     let disk = Arc::clone(disk);
-                    let pin =
+                    let beneath =
                         backing.as_ref().map(|backing| self.show_beneath(&node, backing)).transpose()?;
+                    let (pin, shown) = beneath.unzip();
                     let writing = options
                         .writable
                         .then(|| Writing::begin(Arc::clone(&node), disk.capacity()))
                         .transpose()?;
-                    Ok(Content { disk, layers: Vec::new(), pin, writing, node: Some(node) })
+                    Ok(Content { disk, layers: Vec::new(), pin, shown, writing, node: Some(node) })
                 }
                 Kind::File { .. } | Kind::CopyBeforeWrite(_) => {
                     let story = format!(
@@ -351,7 +354,7 @@ impl Backups {
 
     /// Has an image show the disk beneath it as it was: when the filter was put on of which it is the fleecing image, or the
     /// job began that writes to it; else as it is now.
-    fn show_beneath(&self, node: &Arc<Node>, backing: &Backing) -> Result<Arc<Pin>> {
+    fn show_beneath(&self, node: &Arc<Node>, backing: &Backing) -> Result<(Arc<Pin>, Arc<Shown>)> {
         let is_its = |filter: &Arc<Filter>| filter.is_on() && filter.has_fleece(node);
         let filter = self.filters(&backing.disk).into_iter().find(is_its);
         let pin = match (filter, backing.view()) {
@@ -362,8 +365,8 @@ impl Backups {
                 cut.ok_or_else(|| no_node(&backing.disk))?
             }
         };
-        backing.show(&pin);
-        Ok(pin)
+        let shown = backing.show(Arc::clone(&pin));
+        Ok((pin, shown))
     }
 
     /// A bitmap of what is exported, or what has changed since a checkpoint.
@@ -412,7 +415,7 @@ fn changes(manager: &Manager, disk: &str, checkpoint: &str, pin: &Pin) -> Result
 
 impl Content {
     fn of_pin(pin: Arc<Pin>, node: Option<Arc<Node>>) -> Self {
-        Self { disk: pin.disk(), layers: pin.layers(), pin: Some(pin), writing: None, node }
+        Self { disk: pin.disk(), layers: pin.layers(), pin: Some(pin), shown: None, writing: None, node }
     }
 }
 

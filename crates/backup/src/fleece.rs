@@ -11,7 +11,7 @@ use snapshot::{Halt, Job, Labor, Pin};
 
 use crate::copying::{Copying, Policies};
 use crate::model::OnError;
-use crate::nodes::Writing;
+use crate::nodes::{Shown, Writing};
 
 /// It sleeps for so long, or until somebody wants something of it.
 const LONG: Duration = Duration::from_secs(3600);
@@ -23,6 +23,8 @@ pub(crate) struct Fleece {
     pub(crate) target: Writing,
     pub(crate) policies: Policies,
     pub(crate) compress: bool,
+    /// Has the target show the disk beneath it as it was.
+    pub(crate) _shown: Option<Arc<Shown>>,
 }
 
 impl Labor for Fleece {
@@ -44,7 +46,7 @@ impl Labor for Fleece {
 impl Fleece {
     /// Copies what has been overwritten.
     fn close(self, job: &Job) -> Result<(), Halt> {
-        let Self { pin, target, policies, compress } = self;
+        let Self { pin, target, policies, compress, _shown } = self;
         let overwritten = pin.changes()?.into_bitmap();
         // Nobody resumes a job that has been called off.
         let at_once = |policy| if policy == OnError::Ignore { policy } else { OnError::Report };

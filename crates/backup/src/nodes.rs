@@ -18,7 +18,7 @@ use qcow2::Image;
 use serde::Serialize;
 use snapshot::BitmapInfo;
 
-pub(crate) use backing::Backing;
+pub(crate) use backing::{Backing, Shown};
 pub(crate) use create::Creation;
 pub(crate) use filter::{Access, Filter, NodeBitmaps, View, bitmap_of, not_found, tidy};
 use options::{Driver, Reference};

@@ -1,6 +1,6 @@
 //! What is beneath a target: nothing, an image that is not opened, or a disk as it was at an instant.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Poll, Waker};
 
 use block::{ByteRange, Disk, Error, ErrorKind, Extent, Flush, FlushStep, Result, Source, WriteGuard};
@@ -12,7 +12,18 @@ use snapshot::Pin;
 pub(crate) struct Backing {
     /// The disk's id.
     pub(crate) disk: String,
-    view: Mutex<Weak<Pin>>,
+    view: Mutex<Weak<Shown>>,
+}
+
+/// What an image shows of the disk beneath it, as long as somebody has this: its job, and all of its exports. They see the same,
+/// which is what whoever came last has it show.
+#[derive(Debug)]
+pub(crate) struct Shown(Mutex<Arc<Pin>>);
+
+impl Shown {
+    fn lock(&self) -> MutexGuard<'_, Arc<Pin>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Backing {
@@ -22,12 +33,27 @@ impl Backing {
 
     /// The disk as it is shown; `None` if nobody keeps it as it was.
     pub(crate) fn view(&self) -> Option<Arc<Pin>> {
-        self.view.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+        let shown = self.lock().upgrade()?;
+        let pin = Arc::clone(&shown.lock());
+        Some(pin)
     }
 
-    /// Shows the disk as it was at this instant, as long as somebody else has the pin.
-    pub(crate) fn show(&self, pin: &Arc<Pin>) {
-        *self.view.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(pin);
+    /// Shows the disk as it was at this instant, as long as somebody has what is returned.
+    pub(crate) fn show(&self, mut pin: Arc<Pin>) -> Arc<Shown> {
+        let mut view = self.lock();
+        let Some(shown) = view.upgrade() else {
+            let shown = Arc::new(Shown(Mutex::new(pin)));
+            *view = Arc::downgrade(&shown);
+            return shown;
+        };
+        // The one before goes when nothing is locked any more.
+        std::mem::swap(&mut *shown.lock(), &mut pin);
+        drop(view);
+        shown
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Weak<Shown>> {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

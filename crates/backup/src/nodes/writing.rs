@@ -9,7 +9,7 @@ use qcow2::{Header, Image, Journal, Mode, Parts};
 
 use snapshot::Pin;
 
-use super::backing::{Backing, Beneath, What};
+use super::backing::{Backing, Beneath, Shown, What};
 use super::{Kind, Node};
 
 /// Changes of tables that may wait in memory, some tens of bytes each.
@@ -61,12 +61,14 @@ impl Writing {
         self.qcow2.clone().ok_or_else(|| incompressible(&self.node.name))
     }
 
-    /// Shows what is beneath the image, if that is the disk of this pin, as it was then.
-    pub(crate) fn show(&self, pin: &Arc<Pin>) {
-        if let Kind::Image { backing: Some(backing), .. } = &self.node.kind
-            && backing.disk == pin.id()
-        {
-            backing.show(pin);
+    /// Shows what is beneath the image, if that is the disk of this pin, as it was then, as long as somebody has what is
+    /// returned.
+    pub(crate) fn show(&self, pin: &Arc<Pin>) -> Option<Arc<Shown>> {
+        match &self.node.kind {
+            Kind::Image { backing: Some(backing), .. } if backing.disk == pin.id() => {
+                Some(backing.show(Arc::clone(pin)))
+            }
+            _ => None,
         }
     }
 

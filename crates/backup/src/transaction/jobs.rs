@@ -158,8 +158,8 @@ pub(super) fn begin(ready: Ready, pins: &BTreeMap<String, Arc<Pin>>) -> Result<(
     let pin = pin.ok_or_else(|| no_node(source.disk()))?;
     let policies = Policies { read: options.on_source_error, write: options.on_target_error };
     if options.sync == Sync::None {
-        target.show(&pin);
-        return seat.start(Box::new(Fleece { pin, target, policies, compress: options.compress }));
+        let (compress, _shown) = (options.compress, target.show(&pin));
+        return seat.start(Box::new(Fleece { pin, target, policies, compress, _shown }));
     }
     let ending = match (options.sync, options.bitmap_mode) {
         (Sync::Incremental, _) | (_, Some(BitmapMode::OnSuccess)) => Ending::OnSuccess,

@@ -96,6 +96,28 @@ fn what_is_overwritten_goes_to_the_target_when_the_job_is_called_off() {
     assert_eq!(own.sum::<u64>(), 5 << 16);
 }
 
+/// Its clients got errors once the job had ended.
+#[test]
+fn an_export_from_before_the_job_shows_what_the_job_shows_for_good() {
+    let bench = Bench::new();
+    let daemon = bench.open();
+    let socket = bench.path("nbd");
+    add_fleece(&bench, &daemon, "t");
+    offer(&daemon.backups, &socket);
+    write(&daemon, "vda", 0, 1);
+    let before = content(&daemon, "vda");
+    transaction(&daemon, json!([fleece("vda", "t")])).unwrap();
+    await_running(&daemon, "t");
+    write(&daemon, "vda", 0, 2);
+    write(&daemon, "vda", 1 << 20, 2);
+    assert!(read(&bench, &socket) == before);
+    daemon.manager.ask_job("t", JobVerb::Cancel).unwrap();
+    assert_eq!(finish(&daemon, "t").as_deref(), Some("Operation canceled"));
+    write(&daemon, "vda", 2 << 20, 3);
+    assert!(read(&bench, &socket) == before);
+    daemon.backups.stop_server().unwrap();
+}
+
 #[test]
 fn who_insists_does_not_wait_for_what_is_copied() {
     let bench = Bench::new();
