@@ -21,10 +21,12 @@ impl Own {
         let place = match path.canonicalize() {
             Ok(place) => place,
             // One that is to be made, or can not be opened either.
-            Err(_) => match path.parent().map(Path::canonicalize) {
-                Some(Ok(parent)) => parent,
-                _ => return Ok(()),
-            },
+            Err(_) => {
+                match std::path::absolute(path).ok().and_then(|path| path.parent()?.canonicalize().ok()) {
+                    Some(parent) => parent,
+                    None => return Ok(()),
+                }
+            }
         };
         let is_linked = |found: &Metadata| found.is_file() && found.nlink() > 1;
         let linked = path.metadata().ok().filter(is_linked);
@@ -48,4 +50,17 @@ fn holds(folder: &Path, wanted: &Metadata, depth: usize) -> bool {
         Ok(found) => (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()),
         Err(_) => false,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_to_be_made_where_the_daemon_runs_is_known_by_its_folder() {
+        let name = Path::new("not-there-yet");
+        assert_eq!(Own(".".into()).check(name).unwrap_err().kind(), ErrorKind::InvalidInput);
+        let elsewhere = tempfile::tempdir().unwrap();
+        Own(elsewhere.path().to_owned()).check(name).unwrap();
+    }
 }

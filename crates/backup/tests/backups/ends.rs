@@ -1,7 +1,9 @@
 //! How backups end, and what becomes of their bitmaps.
 
+use std::os::unix::fs::FileExt;
+
 use serde_json::json;
-use snapshot::{Halt, HostedJob, Job, JobType, JobVerb, Labor};
+use snapshot::{Halt, HostedJob, ImageFormat, Job, JobType, JobVerb, Labor};
 
 use crate::bench::*;
 
@@ -105,6 +107,35 @@ fn a_bitmap_that_is_always_synchronized_holds_what_was_not_copied_and_what_is_ne
         transaction(&daemon, json!([bitmap("remove", "vda", "b")])).unwrap();
         daemon.backups.remove_node("t").unwrap();
     }
+}
+
+/// A part that can not be read is left out, as asked: the job ends well, and the bitmap must not say that all was copied.
+#[test]
+fn what_was_left_out_stays_dirty() {
+    let mut bench = Bench::new();
+    let (raw, base) = (bench.path("raw"), bench.path("base"));
+    let bytes: Vec<u8> = (0..SIZE).map(|at| (at * at / 977) as u8).collect();
+    std::fs::write(&raw, bytes).unwrap();
+    qemu_img(&["convert", "-c", "-f", "raw", "-O", "qcow2", text(&raw), text(&base)]);
+    // A compressed cluster that is none.
+    let file = std::fs::OpenOptions::new().write(true).open(&base).unwrap();
+    file.write_all_at(&[0xff; 512], file.metadata().unwrap().len() / 2).unwrap();
+    (bench.disks[0].path, bench.disks[0].format) = (base, ImageFormat::Qcow2);
+    let daemon = bench.open();
+    bench.target(&daemon, "t");
+    transaction(&daemon, json!([bitmap("add", "vda", "b")])).unwrap();
+    write(&daemon, "vda", 0, 1);
+    let mut left = Vec::new();
+    for mode in ["on-success", "always"] {
+        let mut backup = incremental("vda", "t", "b");
+        let more = json!({"sync": "full", "bitmap-mode": mode, "on-source-error": "ignore"});
+        backup["data"].as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        transaction(&daemon, json!([backup])).unwrap();
+        assert_eq!(finish(&daemon, "t"), None);
+        left.push(dirty(&daemon, "vda", "b"));
+    }
+    // As it was; and then what was left out, in pieces of so much, and nothing else.
+    assert!(left[0] == 1 << 16 && left[1] > 0 && left[1] <= 2 << 18 && left[1] % (1 << 18) == 0, "{left:?}");
 }
 
 /// What a defect would do.
