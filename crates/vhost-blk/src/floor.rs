@@ -23,8 +23,8 @@ pub(crate) struct Floor(Mutex<State>);
 struct State {
     /// The session that has it, and its rings that are served, by bit.
     held: Option<(u64, u64)>,
-    /// Workers of sessions that may not have it yet.
-    waiting: Vec<Arc<Bell>>,
+    /// Workers that may not have it yet, with their sessions.
+    waiting: Vec<(u64, Arc<Bell>)>,
     /// The next session's number.
     next: u64,
 }
@@ -54,8 +54,8 @@ impl Claim {
         let mut state = self.floor.lock();
         let (holder, rings) = state.held.unwrap_or((self.session, 0));
         if holder != self.session {
-            if !state.waiting.iter().any(|waiting| Arc::ptr_eq(waiting, bell)) {
-                state.waiting.push(Arc::clone(bell));
+            if !state.waiting.iter().any(|(_, waiting)| Arc::ptr_eq(waiting, bell)) {
+                state.waiting.push((self.session, Arc::clone(bell)));
             }
             return false;
         }
@@ -77,9 +77,11 @@ impl Claim {
         }
     }
 
-    /// The session has ended, and nothing of it is in flight.
+    /// The session has ended, and nothing of it is in flight. Its workers wait no more: their bells are descriptors, of
+    /// which one who comes and goes would leave ever more.
     pub(crate) fn give_up(&self) {
         let mut state = self.floor.lock();
+        state.waiting.retain(|(session, _)| *session != self.session);
         if state.held.is_some_and(|(holder, _)| holder == self.session) {
             state.free();
         }
@@ -100,7 +102,7 @@ impl Drop for Claim {
 impl State {
     fn free(&mut self) {
         self.held = None;
-        self.waiting.drain(..).for_each(|bell| bell.ring());
+        self.waiting.drain(..).for_each(|(_, bell)| bell.ring());
     }
 }
 
@@ -134,9 +136,22 @@ mod tests {
         assert!(!first.take(0, &bell), "the move did not fail");
         // What is said of rings by one who does not have it means nothing.
         first.stopped(0, true);
-        first.give_up();
         assert!(!bell.is_rung() && first.is_refused());
         drop(second);
         assert!(bell.answer() && first.take(0, &bell));
+    }
+
+    /// Each left its bells, which are descriptors, for as long as the first one's guest ran.
+    #[test]
+    fn who_comes_and_goes_while_another_has_the_floor_leaves_nothing() {
+        let floor = Arc::new(Floor::default());
+        let (first, bell) = (Claim::new(&floor), Arc::new(Bell::new().unwrap()));
+        assert!(first.take(0, &bell));
+        for _ in 0..3 {
+            let second = Claim::new(&floor);
+            assert!(!second.take(0, &bell) && Arc::strong_count(&bell) == 2);
+            drop(second);
+            assert_eq!(Arc::strong_count(&bell), 1);
+        }
     }
 }
