@@ -44,7 +44,8 @@ struct Flags {
 }
 
 impl Vring {
-    /// Whether the ring was started since this was last asked. Whoever finds the ring ready finds this set before.
+    /// Whether the ring was started since this was last asked. Asked with the ring locked, and ready: whoever finds it so
+    /// for the first time finds this set.
     pub(crate) fn take_started(&self) -> bool {
         self.flags.started.load(Ordering::Acquire) && self.flags.started.swap(false, Ordering::AcqRel)
     }
@@ -172,9 +173,12 @@ impl VringT<SharedMemory> for Vring {
         self.inner.set_queue_event_idx(enabled);
     }
 
+    /// Both at once: a ring that is being stopped must not be found ready and, with the flag taken away already, long
+    /// started, or its requests would be served without the floor, and without those in the front-end's record.
     fn set_queue_ready(&self, ready: bool) {
+        let mut state = self.inner.get_mut();
         self.flags.started.store(ready, Ordering::Release);
-        self.inner.set_queue_ready(ready);
+        state.get_queue_mut().set_ready(ready);
     }
 
     fn set_kick(&self, file: Option<File>) {
@@ -213,6 +217,9 @@ pub(crate) fn read_now(event: BorrowedFd<'_>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicU32;
+    use std::thread;
+
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     #[test]
@@ -246,6 +253,31 @@ mod tests {
             assert_eq!(vring.call(&vring.get_ref()).is_ok(), flags == 0);
             assert_eq!(event.read().unwrap(), u64::MAX - 1);
         }
+    }
+
+    #[test]
+    fn a_ring_that_is_found_ready_was_seen_to_start() {
+        let vring = Vring::new(SharedMemory::new(Memory::new()), 16).unwrap();
+        let (starts, done) = (AtomicU32::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..100_000 {
+                    starts.fetch_add(1, Ordering::SeqCst);
+                    vring.set_queue_ready(true);
+                    vring.set_queue_ready(false);
+                }
+                done.store(true, Ordering::SeqCst);
+            });
+            let mut seen = 0;
+            while !done.load(Ordering::SeqCst) {
+                let state = vring.get_ref();
+                if state.get_queue().ready() {
+                    let now = starts.load(Ordering::SeqCst);
+                    assert!(vring.take_started() || seen == now, "start {now} was missed");
+                    seen = now;
+                }
+            }
+        });
     }
 
     fn borrow(event: &EventFd) -> BorrowedFd<'_> {
