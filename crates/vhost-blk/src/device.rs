@@ -106,18 +106,17 @@ impl Device {
         inflight::create(asked, self.queues.len())
     }
 
-    /// Takes a front-end's in-flight record, for rings that are started from now on. What it says of the write cache is
-    /// what this guest had set, in the life of another process maybe.
+    /// Takes a front-end's in-flight record, for rings that are started from now on. What it says of the write cache counts
+    /// at once if nobody else has the disk: the guest may ask.
     pub(crate) fn set_record(&self, file: OwnedFd, shape: Shape) -> Result<()> {
         let record = Arc::new(Record::map(file, shape, self.queues.len())?);
         // From here on it may be touched.
         self.maps.keep(&record)?;
         record.check()?;
-        match record.writeback() {
-            Some(on) if !self.claim.is_refused() => self.cache.set_writeback(on),
-            _ => record.set_writeback(self.cache.field()),
-        }
         self.records.set(record);
+        if !self.claim.is_refused() {
+            self.records.adopt_cache(&self.cache);
+        }
         Ok(())
     }
 
@@ -221,10 +220,7 @@ impl VhostUserBackend for Device {
         match (offset, bytes) {
             (config::WRITEBACK_OFFSET, [value @ (0 | 1)]) if !self.claim.is_refused() => {
                 tracing::info!(writeback = *value == 1, "the driver set the write cache");
-                self.cache.set_writeback(*value == 1);
-                if let Some(record) = self.records.get() {
-                    record.set_writeback(*value == 1);
-                }
+                self.records.set_cache(&self.cache, *value == 1);
             }
             _ => tracing::debug!(offset, len = bytes.len(), "ignored a write to the configuration space"),
         }

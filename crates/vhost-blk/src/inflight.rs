@@ -34,6 +34,7 @@ use block::{Context, Error, ErrorKind, Result};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
 
+use crate::cache::CacheMode;
 use crate::config::MAX_QUEUE_SIZE;
 use crate::maps::is_within;
 
@@ -212,9 +213,22 @@ impl Records {
         *self.lock() = Some(record);
     }
 
-    /// The record.
-    pub(crate) fn get(&self) -> Option<Arc<Record>> {
-        self.lock().clone()
+    /// The write cache is as the record says: as this guest had set it, in the life of another process maybe. A record that
+    /// says nothing is told. Only for the session whose guest has the disk.
+    pub(crate) fn adopt_cache(&self, cache: &CacheMode) {
+        if let Some(record) = &*self.lock() {
+            match record.writeback() {
+                Some(on) => cache.set_writeback(on),
+                None => record.set_writeback(cache.field()),
+            }
+        }
+    }
+
+    /// The guest sets its write cache, here and in the record at once.
+    pub(crate) fn set_cache(&self, cache: &CacheMode, on: bool) {
+        let record = self.lock();
+        cache.set_writeback(on);
+        record.iter().for_each(|record| record.set_writeback(on));
     }
 
     /// Queue `queue`'s part of the record, if it has one.

@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use block::{ByteRange, Ended, Error, ErrorKind, Extent, Flush, Kind, Outcome, Storage, WriteGuard};
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, Permissions};
 
-use crate::guest::GuestBuffer;
-use crate::request::{Op, Status};
+use crate::guest::{GuestBuffer, Hold};
+use crate::request::{Op, Request, Segments, Status};
 
 /// One request in flight. Slots are used again, so that a request allocates nothing once its vectors have grown.
 #[derive(Default)]
@@ -46,6 +46,14 @@ pub(crate) struct Piece {
 }
 
 impl Slot {
+    /// Makes it this request's, with `segments` of it, in the memory that `hold` holds.
+    pub(crate) fn fill(&mut self, head: u16, request: &Request, segments: &Segments, hold: &Hold) {
+        let access = if matches!(request.op, Op::Write(_)) { Permissions::Read } else { Permissions::Write };
+        let mapped = self.buffer.map(hold, segments.data(&request.op), access);
+        self.op = Some(if mapped { request.op } else { Op::Refuse(Status::IoError) });
+        (self.head, self.status_at, self.written) = (head, request.status, 0);
+    }
+
     /// Lets go of everything that the request held, but for the room in its vectors.
     pub(crate) fn clear(&mut self) {
         debug_assert_eq!(self.pending, 0, "the kernel still has operations on this buffer");

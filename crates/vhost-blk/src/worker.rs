@@ -23,7 +23,7 @@ use block::{Beat, Disk, Gate, Lane, Parking, Pulse, Result};
 use hostio::Ring;
 use vhost_user_backend::VringT;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestAddressSpace, Permissions};
+use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use crate::answer::{Tracks, answer};
 use crate::cache::CacheMode;
@@ -39,7 +39,7 @@ use crate::lot::Lot;
 use crate::maps::Maps;
 use crate::patience::Patience;
 use crate::queue_state::QueueState;
-use crate::request::{Op, Request, Segments, Status};
+use crate::request::{Segments, Status};
 use crate::slot::Slot;
 use crate::vring::{SharedMemory, Vring};
 
@@ -112,6 +112,7 @@ pub(crate) struct Worker {
     /// Holds on to a map that is not the current one, or did.
     behind: bool,
     records: Records,
+    cache: Arc<CacheMode>,
     /// The ring's part of the front-end's record, if it has given one.
     record: Option<QueueRecord>,
     /// Heads that are to be submitted again, before anything new is.
@@ -131,7 +132,7 @@ impl Worker {
             engine: Engine::new(
                 parts.disk,
                 parts.serial,
-                parts.cache,
+                Arc::clone(&parts.cache),
                 Ring::new(RING_ENTRIES)?,
                 waker.clone(),
                 errors,
@@ -151,6 +152,7 @@ impl Worker {
             maps: parts.maps,
             queue: parts.queue,
             records: parts.records,
+            cache: parts.cache,
             record: None,
             again: VecDeque::new(),
             dirty: parts.dirty,
@@ -273,7 +275,7 @@ impl Worker {
             }
             let request = self.segments.read(memory, Chain::new(memory, table, head));
             if let Some(slot) = self.slots.get_mut(usize::from(index)) {
-                fill(slot, head, &request, &self.segments, &hold);
+                slot.fill(head, &request, &self.segments, &hold);
             }
             self.beat.begun(index);
             self.popped.push(index);
@@ -289,21 +291,23 @@ impl Worker {
 
     /// The ring was started: finds what was in flight when it last ran, in the record that the front-end has given.
     ///
-    /// The ring goes on behind that, whatever the front-end says: it may have looked at the used ring before the last
-    /// answers were in it. Nothing is in flight here, for a ring is drained before it is started again.
+    /// The ring goes on behind that, whatever the front-end says, and where the used ring is by now: it may have looked before
+    /// the last answers were in it, those of a session before this one too. Nothing is in flight here, for a ring is drained
+    /// before it is started again, and the floor is this session's.
     fn start(&mut self, queue: &mut Queue) -> std::result::Result<(), QueueError> {
         self.again.clear();
         self.record = None;
         self.refresh_memory();
+        self.records.adopt_cache(&self.cache);
+        let used = queue.used_idx::<Memory>(&self.hold, Ordering::Acquire)?.0;
+        queue.set_next_used(used);
         let Some(mut record) = self.records.queue(self.queue) else { return Ok(()) };
         if queue.size() > record.size() {
             self.complaints.ring("requests in flight are not tracked", &"the ring is longer than its record");
             return Ok(());
         }
-        let used = queue.used_idx::<Memory>(&self.hold, Ordering::Acquire)?.0;
         if let Some(again) = record.recover(used) {
             let heads = again.len();
-            queue.set_next_used(used);
             queue.set_next_avail(used.wrapping_add(heads as u16));
             if heads > 0 {
                 self.complaints.submitted_again(heads);
@@ -447,16 +451,6 @@ impl Worker {
             false
         })
     }
-}
-
-/// Makes a slot of a request.
-fn fill(slot: &mut Slot, head: u16, request: &Request, segments: &Segments, hold: &Hold) {
-    let access = if matches!(request.op, Op::Write(_)) { Permissions::Read } else { Permissions::Write };
-    let mapped = slot.buffer.map(hold, segments.data(&request.op), access);
-    slot.op = Some(if mapped { request.op } else { Op::Refuse(Status::IoError) });
-    slot.head = head;
-    slot.status_at = request.status;
-    slot.written = 0;
 }
 
 #[cfg(test)]

@@ -1,9 +1,13 @@
 //! A guest that is moved from one front-end to another: pages that are written to are logged, and the disk is one's at a
 //! time.
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use frazil_tests::FrontEnd;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::served::{MIB, Served};
 
@@ -14,6 +18,9 @@ const SOON: Duration = Duration::from_millis(50);
 const HEADER: u64 = 0x20000;
 const DATA: u64 = 0x30800;
 const STATUS: u64 = 0x40000;
+
+/// Where the configuration space has the write cache's field.
+const WRITEBACK: u32 = 32;
 
 fn connect(served: &Served, rings: usize) -> FrontEnd {
     let mut front_end = FrontEnd::connect(&served.socket, rings, 0).unwrap();
@@ -118,4 +125,44 @@ fn the_disk_is_the_second_front_ends_once_the_first_ones_guest_is_moved() {
     second.disconnect();
     assert!(first.used(0, PROMPT).is_some());
     assert_eq!(served.gate.in_flight(), 0);
+}
+
+/// A front-end that comes back at once tells where its ring is while the session before it still answers.
+#[test]
+fn a_ring_that_has_waited_goes_on_where_the_used_ring_is_by_then() {
+    let (served, _) = Served::memory(MIB, 1);
+    let (mut first, mut second) = (connect(&served, 1), connect(&served, 1));
+    first.start(0).unwrap();
+    ask(&mut first, 1);
+    second.start(0).unwrap();
+    let used = GuestAddress(FrontEnd::table(0) + 0x2002);
+    second.memory().write_obj(5_u16, used).unwrap();
+    offer(&mut second, 1);
+    first.disconnect();
+    let (index, deadline) = (|| second.memory().read_obj::<u16>(used).unwrap(), Instant::now() + PROMPT);
+    while index() == 5 && Instant::now() < deadline {
+        thread::sleep(SOON);
+    }
+    assert_eq!(index(), 6);
+}
+
+/// All of them come back after a restart, the one whose guest has gone first. What the other one's guest believes of its
+/// write cache was forgotten, and its writes were not synced any more.
+#[test]
+fn a_write_cache_is_what_the_guest_that_has_the_disk_has_set() {
+    let (before, _) = Served::memory(MIB, 1);
+    let mut second = connect(&before, 1);
+    second.track().unwrap();
+    second.start(0).unwrap();
+    second.messages().set_config(WRITEBACK, VhostUserConfigFlags::WRITABLE, &[0]).unwrap();
+    let (after, _) = Served::memory(MIB, 1);
+    let mut first = connect(&after, 1);
+    first.track().unwrap();
+    first.start(0).unwrap();
+    ask(&mut first, 1);
+    second.reconnect(&after.socket).unwrap();
+    assert_eq!(first.config(WRITEBACK, 1).unwrap(), [1], "it has the disk");
+    first.disconnect();
+    ask(&mut second, 1);
+    assert_eq!(second.config(WRITEBACK, 1).unwrap(), [0]);
 }

@@ -78,8 +78,11 @@ fn place(addr: u64, len: usize) -> Option<usize> {
 }
 
 impl Model {
+    /// The device goes on where the used ring is.
     pub(super) fn new(memory: Vec<u8>, disk: Vec<u8>, read_only: bool, size: u16) -> Self {
-        Self { memory, disk, read_only, size, next_avail: 0, next_used: 0 }
+        let mut model = Self { memory, disk, read_only, size, next_avail: 0, next_used: 0 };
+        model.next_used = model.number(USED + 2);
+        model
     }
 
     fn bytes(&self, addr: u64, len: usize) -> Option<&[u8]> {

@@ -69,7 +69,6 @@ impl Rig {
         self.write(memory);
         self.vring.set_queue_ready(false);
         self.vring.set_queue_next_avail(0);
-        self.vring.set_queue_next_used(0);
         self.vring.set_queue_size(size);
         // Places that are not aligned are refused, and the ring is where it was before.
         let _ = self.vring.set_queue_info(table, avail, used);
