@@ -1,5 +1,7 @@
 use super::*;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::task::{Poll, Waker};
 use std::time::Duration;
@@ -12,12 +14,14 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, FileOffset, GuestAddress};
 
+use crate::dirty::Log;
+
 const AVAIL: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const SIZE: u16 = 16;
 
 fn guest() -> Memory {
-    let file = std::fs::File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(0x4000).unwrap();
     Memory::from_ranges_with_files([(GuestAddress(0), 0x4000, Some(FileOffset::new(file, 0)))]).unwrap()
 }
@@ -71,6 +75,31 @@ fn a_ring_that_was_stopped_is_not_written_to() {
     vring.set_queue_ready(true);
     assert!(worker.rearm(&vring), "seven requests wait");
     assert_eq!(guest.read_obj::<u16>(avail_event).unwrap(), 0);
+}
+
+/// It is told where nothing else of the ring is written to, if the ring ends with a page; and before anything is answered.
+#[test]
+fn what_the_driver_is_told_of_kicks_is_logged() {
+    let guest = guest();
+    let (mut worker, vring) = worker(&guest, Arc::new(raw()));
+    let file = File::from(memfd_create("log", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(8).unwrap();
+    worker.dirty.set_log(Arc::new(Log::map(file.try_clone().unwrap().into(), 0, 8).unwrap()));
+    worker.dirty.set_all(true);
+    worker.dirty.set_used(0, Some(0x3000 - 4 - 8 * u64::from(SIZE)));
+    let marked = || {
+        let mut bits = [0; 8];
+        file.read_exact_at(&mut bits, 0).unwrap();
+        file.write_all_at(&[0; 8], 0).unwrap();
+        u64::from_le_bytes(bits)
+    };
+    assert_eq!(worker.pop(&vring), Popped::Empty);
+    assert_eq!(marked(), 0);
+    assert!(!worker.rearm(&vring));
+    assert_eq!(marked(), 1 << 2 | 1 << 3);
+    guest.write_obj(1_u16, GuestAddress(AVAIL + 2)).unwrap();
+    assert_eq!(worker.pop(&vring), Popped::Some);
+    assert_eq!(marked(), 1 << 2 | 1 << 3);
 }
 
 /// A disk that takes long to find anything, and notes how many requests had been answered each time it was asked.
