@@ -68,7 +68,8 @@ fn qmp_shell_gets_along_with_it() {
     let text = type_into_shell(&path, folder.path(), lines);
     for expected in [
         "Connected to QEMU 10.",
-        r#"{"return": {"running": true, "status": "running"}}"#,
+        r#"{"return": {"running": true, "#,
+        r#""status": "running"}}"#,
         r#""grade": "filesystem""#,
         r#"{"error": {"class": "DeviceNotFound", "desc": "no snapshot is named missing"}}"#,
     ] {
@@ -125,7 +126,8 @@ fn qmp_shell_drives_the_daemon() {
     let ended = daemon.0.wait().unwrap();
     assert!(ended.success(), "{ended}: {text}");
     for expected in [
-        r#"{"return": {"running": false, "status": "prelaunch"}}"#,
+        r#"{"return": {"running": false, "#,
+        r#""status": "prelaunch"}}"#,
         r#""device": "vda""#,
         r#""grade": "crash""#,
         r#""probe": [{"id": "vda""#,

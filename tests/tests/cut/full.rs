@@ -3,12 +3,12 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use control::client::Client;
 use frazil_tests::{Driver, Request};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::images::{check_sound, qemu_img, same};
 use crate::ledger::Clock;
@@ -121,11 +121,16 @@ fn wait_for_room(mut served: Served, fill: impl FnOnce(&Served), free: impl FnOn
     }
     let waiting = queue.in_flight();
     assert!(waiting > 0 && back.iter().all(|(_, status)| *status == 0), "{back:?}");
-    let mut told = Vec::new();
-    events
-        .execute("query-status", json!({}), |event, data| told.push((event.to_owned(), data.clone())))
-        .unwrap();
-    let (event, data) = told.iter().find(|(event, _)| event == "BLOCK_IO_ERROR").unwrap();
+    let (mut told, deadline) = (Vec::<(String, Value)>::new(), Instant::now() + Duration::from_secs(10));
+    let (event, data) = loop {
+        let found = told.iter().find(|(event, _)| event == "BLOCK_IO_ERROR");
+        if let Some(found) = found {
+            break found;
+        }
+        assert!(Instant::now() < deadline, "nobody was told: {told:?}");
+        let tell = |event: &str, data: &Value| told.push((event.to_owned(), data.clone()));
+        events.execute("query-status", json!({}), tell).unwrap();
+    };
     let expected = json!({ "device": "vd0", "operation": "write", "action": "stop", "nospace": true });
     let expected = expected.as_object().unwrap();
     assert!(expected.iter().all(|(key, value)| data[key] == *value), "{event} {data}");
