@@ -48,7 +48,7 @@ pub struct TlsCredentials {
 }
 
 impl TlsCredentials {
-    /// Where its files are, as far as they are there.
+    /// Where its files are, if they are there.
     pub fn files(&self) -> impl Iterator<Item = PathBuf> {
         Tls::FILES.into_iter().map(|name| self.dir.join(name))
     }

@@ -97,11 +97,11 @@ fn memory_that_goes_away_under_the_rings_is_survived() {
     let (served, _) = Served::memory(MIB, 1);
     let mut front_end = front_end(&served, 0);
     assert_alive(&mut front_end);
-    let table_without_rings = front_end.set_memory(0);
+    // It may be refused, or not.
+    drop(front_end.set_memory(0));
     front_end.set_offered(0, 7);
     drop(front_end);
     served.wait_sessions(1);
-    assert!(table_without_rings.is_ok() || table_without_rings.is_err());
     let mut driver = Driver::connect(&served.socket, 1, 1, 4096).unwrap();
     assert_eq!(driver.queues[0].ask(Request::Read(0)), 0);
 }
