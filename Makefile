@@ -51,7 +51,8 @@ soak: deps build ## hours of snapshots, increments, deletes and kills on a real 
 	@$(CARGO) build --quiet --release -p frazil-integration
 	@$(CARGO) run --quiet --release -p frazil-integration --bin soak -- --minutes $(SOAK_MINUTES)
 
-# Of each target, so many seconds. The corpus that grows is kept out of the repository; `fuzz/seeds` is in it.
+# Of each target, so many seconds. The corpus that grows is kept out of the repository; `fuzz/seeds` is in it. Names of
+# functions are not printed: to find one takes longer than many executions.
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= $(shell ls fuzz/seeds)
 
@@ -63,7 +64,7 @@ fuzz: ## fuzz all that strangers can say: images, requests, messages, QMP, NBD, 
 	{ echo "fuzz: cargo-fuzz is missing: cargo install cargo-fuzz"; exit 1; }
 	@set -e; for target in $(FUZZ_TARGETS); do mkdir -p fuzz/corpus/$$target; \
 	$(CARGO) +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
-	-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=1024 -timeout=10 -print_final_stats=1; done
+	-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=1024 -timeout=10 -print_funcs=0 -print_final_stats=1; done
 
 # In all: three kinds of images take turns.
 KILLS ?= 500

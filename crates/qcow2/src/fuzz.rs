@@ -42,7 +42,7 @@ pub const TARGETS: [(&str, Target); 9] = [
     ("journal", journal),
 ];
 
-/// A header that is accepted, written anew, says the same; and it can be given another backing file, or is left alone.
+/// A header that is accepted says what a plain reading of it does, and the same when it is written anew; and it can be given another backing file, or is left alone.
 pub fn header(data: &[u8]) {
     let mut bytes = data.to_vec();
     bytes.resize(bytes.len().max(4096).next_multiple_of(512), 0);
@@ -51,6 +51,16 @@ pub fn header(data: &[u8]) {
         Ok(found) => found,
         Err(error) => return assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported)),
     };
+    let number = |at, len| model::number(&bytes, at, len).unwrap();
+    assert_eq!((found.capacity, u64::from(found.cluster_bits)), (number(24, 8), number(20, 4)));
+    assert_eq!((found.l1.0, u64::from(found.l1_entries)), (number(40, 8), number(36, 4)));
+    let refcounts = (found.refcount_table.0, u64::from(found.refcount_table_clusters));
+    assert_eq!(refcounts, (number(48, 8), number(56, 4)));
+    if found.version == 3 {
+        let features = [found.incompatible, found.compatible, found.autoclear];
+        assert_eq!(features, [72, 80, 88].map(|at| number(at, 8)));
+        assert_eq!(u64::from(found.refcount_order), number(96, 4));
+    }
     let encoded = found.encode();
     if encoded.len() <= 1 << found.cluster_bits && encoded.len() <= bytes.len() {
         let mut again = bytes.clone();

@@ -112,4 +112,5 @@ pub fn drive(name: &str, target: fn(&[u8]), time: Duration) {
         rounds += 1;
         run(&data, rounds);
     }
+    eprintln!("{name}: {rounds} mutations in {:?}", began.elapsed());
 }

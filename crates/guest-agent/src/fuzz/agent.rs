@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::IntoRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use rustix::fs::{Mode, OFlags, open};
 use serde_json::Value;
 
 /// Replies of one guest.
@@ -112,10 +114,13 @@ fn lock(script: &Mutex<Script>) -> MutexGuard<'_, Script> {
     script.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The socket's name is gone at once: who is killed leaves nothing. It is connected to by its descriptor, which stays open.
 fn serve() -> (PathBuf, Arc<Mutex<Script>>) {
-    let path = std::env::temp_dir().join(format!("frazil-fuzz-{}.sock", std::process::id()));
-    let _ = std::fs::remove_file(&path);
-    let listener = UnixListener::bind(&path).unwrap();
+    let name = std::env::temp_dir().join(format!("frazil-fuzz-{}.sock", std::process::id()));
+    let listener = UnixListener::bind(&name).unwrap();
+    let socket = open(&name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    std::fs::remove_file(&name).unwrap();
+    let path = PathBuf::from(format!("/proc/self/fd/{}", socket.into_raw_fd()));
     let script = Arc::new(Mutex::new(Script::default()));
     let theirs = Arc::clone(&script);
     thread::spawn(move || {

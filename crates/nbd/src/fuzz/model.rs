@@ -1,5 +1,7 @@
 //! What a plain reading of the specification says a server does, in memory and without any cleverness.
 
+use std::sync::LazyLock;
+
 use super::SIZE;
 use crate::proto::reply::Style;
 use crate::testing::{Ask, command};
@@ -23,6 +25,10 @@ pub(super) fn options(said: &[u8]) -> Vec<(u32, &[u8])> {
     found
 }
 
+/// What is on the disk at first. Made once: that takes longer than most requests.
+static CONTENT: LazyLock<Vec<u8>> =
+    LazyLock::new(|| (0..SIZE).map(|at| (at / 3 + at / 1000) as u8).collect());
+
 /// A disk and a client, both made of a fuzzer's bytes.
 pub(super) struct Model<'a> {
     input: &'a [u8],
@@ -33,8 +39,7 @@ pub(super) struct Model<'a> {
 
 impl<'a> Model<'a> {
     pub(super) fn new(input: &'a [u8]) -> Self {
-        let bytes = (0..SIZE).map(|at| (at / 3 + at / 1000) as u8).collect();
-        let mut model = Self { input, style: Style::Simple, writable: true, bytes };
+        let mut model = Self { input, style: Style::Simple, writable: true, bytes: CONTENT.clone() };
         let mode = model.number(1);
         model.style = [Style::Simple, Style::Structured, Style::Extended][(mode % 3) as usize];
         model.writable = mode & 0x80 == 0;

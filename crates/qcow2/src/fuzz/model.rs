@@ -1,11 +1,12 @@
 //! Plain readings of the format, with no thought of speed, and nothing of the crate's own code.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 
 use flate2::read::DeflateDecoder;
 use flate2::write::DeflateEncoder;
 
-fn number(bytes: &[u8], at: u64, len: u64) -> Option<u64> {
+/// The number of `len` bytes at `at`.
+pub(super) fn number(bytes: &[u8], at: u64, len: u64) -> Option<u64> {
     let bytes = bytes.get(at as usize..at.checked_add(len)? as usize)?;
     Some(bytes.iter().fold(0, |value, byte| (value << 8) | u64::from(*byte)))
 }
@@ -41,10 +42,15 @@ pub(super) fn directory(bytes: &[u8], count: u32) -> Option<Vec<(usize, Vec<u8>)
     whole.then_some(found)
 }
 
-/// The first `size` bytes that are compressed in `data`.
+/// The `size` bytes that are compressed in `data`, and no more than these; its end may be missing.
 pub(super) fn inflate(data: &[u8], size: usize) -> Option<Vec<u8>> {
-    let mut out = vec![0; size];
-    DeflateDecoder::new(data).read_exact(&mut out).ok().map(|()| out)
+    let (mut out, mut decoder) = (vec![0; size], DeflateDecoder::new(data));
+    decoder.read_exact(&mut out).ok()?;
+    match decoder.read(&mut [0]) {
+        Ok(0) => Some(out),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Some(out),
+        _ => None,
+    }
 }
 
 pub(super) fn deflate(bytes: &[u8]) -> Vec<u8> {
@@ -94,10 +100,73 @@ pub(super) fn read_cluster(image: &[u8], cluster: u64) -> Option<Vec<u8>> {
     let mut out = vec![0; size as usize];
     let part = (size / parts) as usize;
     for index in (0..parts as usize).filter(|index| allocated >> index & 1 == 1) {
-        let from = home as usize + index * part;
-        for (to, at) in (index * part..).zip(from..from + part) {
-            out[to] = image.get(at).copied().unwrap_or(0);
-        }
+        // Zeroes where the file ends before.
+        let there = image.get(home as usize + index * part..).unwrap_or_default();
+        let len = there.len().min(part);
+        out[index * part..][..len].copy_from_slice(&there[..len]);
     }
     Some(out)
+}
+
+/// How often an image names each of its clusters, and how often its refcounts say so, by the words of the specification.
+/// `None` for one with snapshots, bitmaps or a data file. The image's header is taken for good.
+pub(super) fn refcounts(image: &[u8]) -> Option<(Vec<u64>, Vec<u64>)> {
+    let (bits, version) = (number(image, 20, 4)?, number(image, 4, 4)?);
+    let (incompatible, order) = match version {
+        2 => (0, 4),
+        _ => (number(image, 72, 8)?, number(image, 96, 4)?),
+    };
+    let has_bitmaps =
+        image.get(..4096)?.chunks_exact(8).any(|word| word.starts_with(&[0x23, 0x85, 0x28, 0x75]));
+    if number(image, 60, 4)? != 0 || has_bitmaps || incompatible & 4 != 0 {
+        return None;
+    }
+    let extended = incompatible & 16 != 0;
+    let size = 1 << bits;
+    let mut named = vec![0; image.len().div_ceil(size as usize)];
+    let mut name = |at: u64, len: u64| {
+        let clusters = at >> bits..(at + len).div_ceil(size);
+        clusters
+            .for_each(|cluster| named.get_mut(cluster as usize).into_iter().for_each(|times| *times += 1));
+    };
+    name(0, 1);
+    let (table, table_len) = (number(image, 48, 8)?, number(image, 56, 4)? << bits);
+    name(table, table_len);
+    let blocks: Vec<u64> =
+        (0..table_len / 8).map_while(|index| number(image, table + index * 8, 8)).collect();
+    blocks.iter().filter(|at| **at != 0).for_each(|at| name(*at, size));
+    let (l1, entries) = (number(image, 40, 8)?, number(image, 36, 4)?);
+    name(l1, entries * 8);
+    for index in 0..entries {
+        let table = number(image, l1 + index * 8, 8)? & 0x00ff_ffff_ffff_fe00;
+        if table == 0 {
+            continue;
+        }
+        name(table, size);
+        let step = if extended { 16 } else { 8 };
+        for word in (0..size / step).map_while(|index| number(image, table + index * step, 8)) {
+            let home = word & 0x00ff_ffff_ffff_fe00;
+            if word & 1 << 62 != 0 {
+                let split = 62 - (bits - 8);
+                let (at, more) = (word & ((1 << split) - 1), word >> split & ((1 << (62 - split)) - 1));
+                let sectors = at / 512 * 512;
+                name(sectors, (more + 1) * 512);
+            } else if home != 0 {
+                name(home, size);
+            }
+        }
+    }
+    let per_block = (size * 8) >> order;
+    let count = |cluster: u64| {
+        let Some(block) = blocks.get((cluster / per_block) as usize).filter(|at| **at != 0) else {
+            return Some(0);
+        };
+        let bit = (cluster % per_block) << order;
+        match order {
+            0..=2 => Some(number(image, block + bit / 8, 1)? >> (bit % 8) & ((1 << (1 << order)) - 1)),
+            _ => number(image, block + bit / 8, 1 << (order - 3)),
+        }
+    };
+    let counts = (0..named.len() as u64).map(|cluster| count(cluster).unwrap_or(0)).collect();
+    Some((named, counts))
 }
