@@ -4,6 +4,7 @@
 //! guest-workload run REPORTS DIR...           writes to each DIR until it is killed
 //! guest-workload check KIND FILE ACKED MODE   proves that FILE holds what it must; MODE is `exact` or `at-least`
 //! guest-workload dirty FILE MIB               fills FILE through the page cache, quickly and without a sync
+//! guest-workload read FILE REPORT             makes FILE and reads it, until what was read is something else
 //! ```
 //!
 //! Each writer owns one file, `DIR/KIND`, a ring of [`record::SLOTS`] places, and numbers its writes from 1. What it
@@ -15,6 +16,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 mod mapping;
+mod reader;
 mod record;
 mod report;
 mod writers;
@@ -32,8 +34,12 @@ fn main() -> ExitCode {
         }
         ["check", kind, file, acked, mode] => check(kind, Path::new(file), acked, mode),
         ["dirty", file, mib] => dirty(Path::new(file), mib),
-        _ => Err("guest-workload run REPORTS DIR... | check KIND FILE ACKED exact|at-least | dirty FILE MIB"
-            .into()),
+        ["read", file, report] => reader::run(Path::new(file), Path::new(report)).map(|never| match never {}),
+        _ => Err(
+            "guest-workload run REPORTS DIR... | check KIND FILE ACKED exact|at-least | dirty FILE MIB | \
+                  read FILE REPORT"
+                .into(),
+        ),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

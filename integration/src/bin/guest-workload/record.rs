@@ -27,7 +27,7 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
 }
 
 /// The number of the record in a slot; `None` if nothing was ever written there.
-fn read(block: &[u8]) -> Result<Option<u64>> {
+pub(crate) fn read(block: &[u8]) -> Result<Option<u64>> {
     if block.iter().all(|&byte| byte == 0) {
         return Ok(None);
     }
