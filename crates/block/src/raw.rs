@@ -66,6 +66,11 @@ impl RawDisk {
         self.read_only.store(true, Ordering::Release);
     }
 
+    /// Whether a sync of it has failed, which is final.
+    pub fn has_failed(&self) -> bool {
+        self.syncs.failed.load(Ordering::Acquire)
+    }
+
     /// Makes the disk larger, by zeroes; durable when it returns. `capacity` is in bytes, made of whole sectors, and not
     /// less than it is. A storage that is long enough already, as a device that has grown, stays as it is.
     pub fn grow(&self, capacity: u64) -> Result<()> {

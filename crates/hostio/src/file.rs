@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use block::{ByteRange, Context, Error, ErrorKind, Result, Storage};
@@ -16,6 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::lock;
 use crate::sandbox::explain;
+
+mod forget;
 
 /// Whether data I/O goes through the host's page cache.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -52,6 +55,7 @@ pub struct HostFile {
     /// Where the last question for data was answered. The kernel finds the end of data by walking over all of it, and who
     /// reads a file in pieces would ask for the same end at each of them.
     known_data: Mutex<ByteRange>,
+    sync_failed: AtomicBool,
 }
 
 impl HostFile {
@@ -105,7 +109,8 @@ impl HostFile {
         };
         let in_memory = !is_device && direct.is_none() && is_tmpfs(&file)?;
         let known_data = Mutex::new(NO_DATA);
-        Ok(Self { path: path.to_owned(), file, direct, is_device, in_memory, known_data })
+        let (path, sync_failed) = (path.to_owned(), AtomicBool::new(false));
+        Ok(Self { path, file, direct, is_device, in_memory, known_data, sync_failed })
     }
 
     /// Where the open file is, all links followed, as the kernel has it now. That is not where its path leads if somebody
@@ -249,7 +254,8 @@ impl Storage for HostFile {
     }
 
     fn sync(&self) -> Result<()> {
-        self.file.sync_data().context(|| format!("sync {}", self.path.display()))
+        let failed = |_: &Error| self.sync_failed.store(true, Ordering::Release);
+        self.file.sync_data().context(|| format!("sync {}", self.path.display())).inspect_err(failed)
     }
 
     fn len(&self) -> Result<u64> {

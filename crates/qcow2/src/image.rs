@@ -169,6 +169,11 @@ impl Inner {
 }
 
 impl Image {
+    /// Whether a sync of it has failed, which is final.
+    pub fn has_failed(&self) -> bool {
+        self.0.writer.as_ref().is_some_and(|writer| writer.failed.load(Ordering::Acquire))
+    }
+
     /// No more writes will be resolved. Those in flight still complete; the next flush then leaves nothing behind.
     /// Takes a few nanoseconds: it is called while the gate is closed.
     pub fn seal(&self) {

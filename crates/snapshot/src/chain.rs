@@ -50,7 +50,9 @@ struct View {
 
 #[derive(Debug)]
 struct Active {
+    /// What is open of `layer`.
     top: Arc<dyn Disk>,
+    layer: Arc<Layer>,
     sealing: Option<Arc<Layer>>,
 }
 
@@ -125,7 +127,8 @@ impl Chain {
         let mut layers = self.layers();
         let frozen = layers.last().cloned()?;
         frozen.seal();
-        let active = Active { top: overlay.disk(), sealing: Some(Arc::clone(&frozen)) };
+        let sealing = Some(Arc::clone(&frozen));
+        let active = Active { top: overlay.disk(), layer: Arc::clone(&overlay), sealing };
         self.active.store(Some(Arc::new(active)));
         layers.push(overlay);
         Some(frozen)
@@ -150,7 +153,8 @@ impl Chain {
         if let Some(active) = &*self.active.load()
             && active.sealing.as_ref().is_some_and(|sealing| Arc::ptr_eq(sealing, layer))
         {
-            self.active.store(Some(Arc::new(Active { top: Arc::clone(&active.top), sealing: None })));
+            let (top, layer) = (Arc::clone(&active.top), Arc::clone(&active.layer));
+            self.active.store(Some(Arc::new(Active { top, layer, sealing: None })));
         }
     }
 
@@ -178,7 +182,8 @@ impl Chain {
         let top = layers.last().ok_or_else(|| Error::new(ErrorKind::Corrupt, "a chain without layers"))?;
         // Not always what it was: a snapshot that is reverted to may be of before it grew.
         self.capacity.store(top.disk().capacity(), Ordering::Release);
-        self.active.store(Some(Arc::new(Active { top: top.disk(), sealing: None })));
+        let active = Active { top: top.disk(), layer: Arc::clone(top), sealing: None };
+        self.active.store(Some(Arc::new(active)));
         *self.layers() = layers;
         Ok(())
     }
@@ -240,6 +245,7 @@ impl Chain {
             format: layer.entry.format,
             virtual_size: layer.disk().capacity(),
             actual_size: layer.allocated().ok(),
+            sync_failed: layer.has_failed(),
         };
         // The host is asked for sizes: not under the lock, which a pivot needs.
         let layers = self.layers().clone();
@@ -307,35 +313,39 @@ impl Disk for Chain {
 
     fn flush(&self) -> Box<dyn Flush> {
         match &*self.active.load() {
-            Some(active) => match &active.sealing {
-                None => active.top.flush(),
-                Some(layer) => {
-                    Box::new(BothLayers { now: layer.disk().flush(), then: Some(active.top.flush()) })
-                }
-            },
+            Some(active) => {
+                let layers = [Some(Arc::clone(&active.layer)), active.sealing.clone()];
+                let top = active.top.flush();
+                Box::new(match &active.sealing {
+                    None => ChainFlush { now: top, then: None, layers },
+                    Some(layer) => ChainFlush { now: layer.disk().flush(), then: Some(top), layers },
+                })
+            }
             None => Box::new(Refused(Some(self.closed()))),
         }
     }
 }
 
-/// A guest's flush while the layer beneath is sealing: that layer first, then the active one.
-struct BothLayers {
+/// A guest's flush. While the layer beneath is sealing: that layer first, then the active one.
+struct ChainFlush {
     now: Box<dyn Flush>,
     then: Option<Box<dyn Flush>>,
+    layers: [Option<Arc<Layer>>; 2],
 }
 
-impl Flush for BothLayers {
+impl Flush for ChainFlush {
     fn step(&mut self, last: Result<()>, waker: &Waker) -> Poll<Result<FlushStep>> {
-        match (self.now.step(last, waker), self.then.take()) {
-            (Poll::Ready(Ok(FlushStep::Done)), Some(then)) => {
-                self.now = then;
-                self.now.step(Ok(()), waker)
-            }
-            (step, then) => {
-                self.then = then;
-                step
-            }
+        let mut step = self.now.step(last, waker);
+        if matches!(step, Poll::Ready(Ok(FlushStep::Done)))
+            && let Some(then) = self.then.take()
+        {
+            self.now = then;
+            step = self.now.step(Ok(()), waker);
         }
+        if matches!(step, Poll::Ready(Err(_))) {
+            self.layers.iter().flatten().for_each(|layer| layer.note_failure());
+        }
+        step
     }
 }
 

@@ -15,7 +15,7 @@ use qcow2::{Image, Mode, Parts};
 use tracing::warn;
 
 use crate::backing::{self, AllowedFolders};
-use crate::journals::JournalFolder;
+use crate::journals::{FailureNote, JournalFolder};
 use crate::manifest::LayerEntry;
 use crate::model::ImageFormat;
 
@@ -94,6 +94,8 @@ pub(crate) struct Layer {
 struct Open {
     files: Files,
     content: Content,
+    /// Where it is noted if a sync fails; `None` where nothing is written.
+    note: Option<FailureNote>,
 }
 
 /// The files of an image.
@@ -144,9 +146,16 @@ pub(crate) enum Access<'a> {
     },
 }
 
-impl Access<'_> {
+impl<'a> Access<'a> {
     fn is_writing(&self) -> bool {
-        matches!(self, Self::Write { .. } | Self::Job { .. })
+        self.journals().is_some()
+    }
+
+    fn journals(&self) -> Option<&'a JournalFolder> {
+        match self {
+            Self::Write { journals } | Self::Job { journals } => Some(journals),
+            Self::Read | Self::ReadActive => None,
+        }
     }
 }
 
@@ -177,7 +186,11 @@ impl Layer {
             _ => how.table_bytes(),
         };
         let files = Files { image: file, data: data_file };
+        let failure = failure::find(id, entry, &files, &access)?;
         let open = Open::new(id, entry, files, Arc::clone(&beneath), table_bytes, access)?;
+        if let Some(note) = failure {
+            note.remove()?;
+        }
         let failed = AtomicBool::new(false);
         Ok(Self { entry: entry.clone(), open: ArcSwap::from_pointee(open), beneath, failed })
     }
@@ -222,9 +235,13 @@ impl Layer {
         let reopen = |file: &HostFile| file.reopen_for_writing().map(Arc::new);
         let open = reopen(&before.image).and_then(|image| {
             let data = before.data.as_deref().map(reopen).transpose()?;
-            let opened = self.reopened(id, Files { image: Arc::clone(&image), data }, table_bytes, access);
-            // Before the new handles are closed.
-            opened.inspect_err(|_| before.forbid_writers())
+            let files = Files { image, data };
+            let opened = self.reopened(id, files.clone(), table_bytes, access);
+            opened.inspect_err(|_| {
+                self.failed.fetch_or(files.sync_has_failed(), Ordering::AcqRel);
+                // Before the new handles are closed.
+                before.forbid_writers();
+            })
         })?;
         self.open.store(Arc::new(open));
         Ok(())
@@ -281,7 +298,7 @@ impl Layer {
     /// What a job wrote and could not be synced is not seen any more: the tables count as they are in the file, and nothing in
     /// them names bytes that may be lost. All that the journal has is the job's.
     pub(crate) fn forsake(&self, id: &str, journals: &JournalFolder) -> Result<()> {
-        journals.remove(id, self.entry.number)?;
+        journals.void(id, self.entry.number)?;
         let files = self.open.load().files.clone();
         let beneath = Arc::clone(&self.beneath);
         let open = Open::new(id, &self.entry, files, beneath, FROZEN_TABLE_BYTES, Access::Read)?;
@@ -296,7 +313,7 @@ impl Layer {
             Content::Raw(disk) => disk.grow(capacity),
             Content::Qcow2(image) => image.grow(capacity),
         };
-        grown.context(|| format!("grow {}", self.entry.path.display()))
+        grown.inspect_err(|_| self.note_failure()).context(|| format!("grow {}", self.entry.path.display()))
     }
 
     /// Syncs all of it to stable storage, and once it is sealed, saves what it carries besides.
@@ -305,20 +322,10 @@ impl Layer {
         if self.has_failed() {
             return Err(Error::new(ErrorKind::Latched, format!("an earlier sync of {path} failed")));
         }
-        let flushed = self.disk().flush().run();
-        // What failed for want of room may be done later; the image knows if it can not.
-        let is_final = |error: Error| error.kind() == ErrorKind::Latched;
-        if flushed.is_err() && self.disk().flush().run().is_err_and(is_final) {
-            self.failed.store(true, Ordering::Release);
-        }
+        let flushed = self.disk().flush().run().inspect_err(|_| self.note_failure());
         flushed.context(|| format!("flush {path}"))?;
         self.close();
         Ok(())
-    }
-
-    /// Whether a [`flush`](Self::flush) of it has failed for good.
-    pub(crate) fn has_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
     }
 
     /// Saves the dirty bitmaps of an image that is sealed and flushed. Where that fails they stay marked as in use, and
@@ -362,6 +369,7 @@ impl Open {
         table_bytes: u64,
         access: Access<'_>,
     ) -> Result<Self> {
+        let note = access.journals().map(|journals| journals.failure_note(id, entry.number));
         let content = match entry.format {
             ImageFormat::Raw => {
                 let read_only = !access.is_writing();
@@ -379,11 +387,13 @@ impl Open {
                     backing: Some(beneath),
                     cache_bytes: table_bytes,
                 };
-                let image = Image::open(parts, mode);
+                // Which syncs what it writes.
+                let image = Image::open(parts, mode)
+                    .inspect_err(|_| failure::leave(note.as_ref().filter(|_| files.sync_has_failed())));
                 Content::Qcow2(Arc::new(image.context(|| format!("open {}", entry.path.display()))?))
             }
         };
-        Ok(Self { files, content })
+        Ok(Self { files, content, note })
     }
 
     fn disk(&self) -> Arc<dyn Disk> {
@@ -454,5 +464,6 @@ impl Disk for Layer {
     }
 }
 
+mod failure;
 #[cfg(test)]
 pub(crate) mod faulty;

@@ -217,6 +217,9 @@ pub struct DiskLayer {
     /// Bytes that it takes on the host; absent where the host does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub actual_size: Option<u64>,
+    /// Whether a sync of it has failed: nothing more is written to it until a restart.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sync_failed: bool,
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ use crate::journals::JournalFolder;
 use crate::layer::{Access, Beneath, Layer, Opening};
 use crate::manifest::{DiskEntry, LayerEntry, Manifest, Unsealed, Unused};
 use crate::marks::{BitsFiles, PinEntry};
-use crate::model::{ImageFormat, SnapshotRecord};
+use crate::model::{ImageFormat, SnapshotDisk, SnapshotRecord};
 
 /// How many numbers are tried for an overlay whose file name is taken by the rest of a crashed attempt.
 const MAX_LEFTOVERS: u32 = 1000;
@@ -63,41 +63,68 @@ impl Store {
         let store = Self { folder, _lock: lock, journals, folders, manifest, writing, bits };
         if let Some(manifest) = loaded {
             *store.manifest() = manifest;
-            store.settle(&boot_id);
+            store.settle(&boot_id)?;
             store.remove_unused();
         }
         Ok(store)
     }
 
     /// Undoes what the last process left half done.
-    fn settle(&self, boot_id: &str) {
+    fn settle(&self, boot_id: &str) -> Result<()> {
         let mut settled = self.manifest().clone();
         if let Some(name) = settled.pending.take() {
             // Its overlay stays: whether or not the guest wrote to it, the chain reads right.
             warn!(snapshot = name, "the daemon ended during this snapshot's cut: it was not taken");
         }
         let rebooted = settled.boot_id != boot_id;
-        let is_lost = |snapshot: &&SnapshotRecord| rebooted && !snapshot.sealed;
-        let lost: Vec<_> = settled.snapshots.iter().filter(is_lost).map(|lost| lost.name.clone()).collect();
-        for name in lost {
-            warn!(snapshot = name, "the host went down before this snapshot was synced: dropped");
-            settled.forget(&name);
+        let unsealed: Vec<_> = settled.snapshots.iter().filter(|one| !one.sealed).cloned().collect();
+        let mut is_unsynced = false;
+        for SnapshotRecord { name, disks, .. } in &unsealed {
+            if rebooted {
+                warn!(snapshot = name, "the host went down before this snapshot was synced: dropped");
+                settled.forget(name);
+            } else if self.has_failed(&settled, disks)? {
+                warn!(
+                    snapshot = name,
+                    "this snapshot could not be synced, and a part of it may be lost: dropped"
+                );
+                settled.forget(name);
+                is_unsynced = true;
+            }
         }
         // They live as long as the daemon did. The files of their bits go with the next change of marks.
         settled.disks.values_mut().for_each(|disk| disk.marks.bitmaps.retain(|bitmap| bitmap.persistent));
         boot_id.clone_into(&mut settled.boot_id);
         if settled == *self.manifest() {
-            return;
+            return Ok(());
         }
         let written = self.update(|manifest| {
             manifest.clone_from(&settled);
             Ok(())
         });
         if let Err(error) = written {
+            if is_unsynced {
+                // The next start would not know: opening the layers does away with the note.
+                return Err(error.context("forget a snapshot that could not be synced"));
+            }
             // No reason to keep a guest from its disks: the next change writes it, or the next start does it again.
             warn!(%error, "the state directory can not be written");
             *self.manifest() = settled;
         }
+        Ok(())
+    }
+
+    /// Whether a sync of one of these images has failed in this boot, and the image has not been opened since.
+    fn has_failed(&self, manifest: &Manifest, images: &[SnapshotDisk]) -> Result<bool> {
+        for SnapshotDisk { id, path, .. } in images {
+            let layers = manifest.disks.get(id).map_or(&[][..], |disk| &disk.layers);
+            for layer in layers.iter().filter(|layer| layer.path == *path) {
+                if self.journals.failure_note(id, layer.number).is_there()? {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 
     /// The state directory.
@@ -229,7 +256,8 @@ impl Store {
         let (mut layers, mut beneath) = (Vec::new(), Beneath::Named(&self.folders));
         for (index, entry) in entries.iter().take(count).enumerate() {
             let is_writable = writable == Some(index);
-            if !is_writable && !entry.sealed {
+            let is_sound = entry.sealed && !self.journals.failure_note(id, entry.number).is_there()?;
+            if !is_writable && !is_sound {
                 self.recover(id, entry, beneath.clone())?;
             }
             let access = match writable {

@@ -7,6 +7,7 @@
 
 mod agent;
 mod backups;
+mod broken;
 mod commands;
 mod confined;
 mod courtesy;
@@ -38,4 +39,5 @@ mod slow;
 mod stopped;
 mod targets;
 mod top;
+mod unsynced;
 mod watched;

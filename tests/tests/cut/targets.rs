@@ -1,11 +1,11 @@
 //! Targets that go wrong in the midst of a backup: its job may fail, and nobody else is disturbed.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use serde_json::json;
 
-use crate::faults::{BYTES, CHUNK, Listener, assert_same, dirty, target, text, wanted, write};
+use crate::broken::Broken;
+use crate::faults::{BYTES, CHUNK, Listener, assert_same, dirty, target, wanted, write};
 use crate::full::in_memory;
 use crate::served::Served;
 
@@ -51,39 +51,6 @@ fn a_target_that_is_removed_or_cut_off_in_the_midst_disturbs_nobody_else() {
     for format in ["raw", "qcow2"] {
         spoil(format, |path| std::fs::remove_file(path).unwrap());
         spoil(format, |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(0).unwrap());
-    }
-}
-
-/// A device of which the second half gives errors: its bytes are in a file system that has no room for them. Gone when this is
-/// dropped.
-struct Broken {
-    room: PathBuf,
-    device: PathBuf,
-}
-
-impl Broken {
-    fn new(room: PathBuf) -> Self {
-        let run = |program: &str, words: &[&str]| {
-            let output = Command::new(program).args(words).output().unwrap();
-            assert!(output.status.success(), "are you root? {program}: {output:?}");
-            String::from_utf8_lossy(&output.stdout).trim().to_owned()
-        };
-        std::fs::create_dir(&room).unwrap();
-        let size = format!("size={}", BYTES / 2);
-        run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", text(&room)]);
-        // What was mounted goes even if there is no device.
-        let mut broken = Self { room, device: PathBuf::new() };
-        let file = broken.room.join("beneath");
-        std::fs::File::create(&file).unwrap().set_len(BYTES).unwrap();
-        broken.device = run("losetup", &["--find", "--show", text(&file)]).into();
-        broken
-    }
-}
-
-impl Drop for Broken {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.device).output();
-        let _ = Command::new("umount").arg("--lazy").arg(&self.room).output();
     }
 }
 

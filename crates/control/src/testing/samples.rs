@@ -108,6 +108,7 @@ pub(super) fn disk(capacity: u64, io_status: IoStatus) -> DiskStatus {
         format,
         virtual_size: 1 << 30,
         actual_size: Some(4096 << number),
+        sync_failed: number == 0,
     };
     let base = layer(0, "/images/base.raw", ImageFormat::Raw);
     let overlay = layer(1, "/images/vda.1.qcow2", ImageFormat::Qcow2);

@@ -198,7 +198,8 @@ pub(super) fn jobs(jobs: &[JobInfo]) -> String {
 pub(super) fn layers(layers: &[DiskLayer]) -> String {
     let rows = layers.iter().map(|layer| {
         let taken = layer.actual_size.map_or_else(|| "-".to_owned(), bytes);
-        let (format, file) = (word(&layer.format), layer.path.display().to_string());
+        let failed = if layer.sync_failed { " (a sync of it has failed)" } else { "" };
+        let (format, file) = (word(&layer.format), format!("{}{failed}", layer.path.display()));
         vec![layer.node_name.clone(), format, bytes(layer.virtual_size), taken, file]
     });
     table(&["NODE", "FORMAT", "SIZE", "TAKEN", "FILE"], rows, &[2, 3])

@@ -96,6 +96,8 @@ fn a_layer_that_a_job_could_not_sync_never_counts_as_sealed_and_shows_nothing_of
     let error = delete(&manager, "one").unwrap_err();
     assert!(error.contains("injected: a sync failed"), "{error}");
     assert!(content(&manager) == before, "the job's copy is seen");
+    let note = manager.store.journals().failure_note("vda", target.entry.number);
+    assert!(note.is_there().unwrap(), "the next process would not know");
     snapshot(&manager, "three");
     assert!(!is_sealed(&manager), "a failed sync is final");
     // Nor is more written to it.
@@ -108,6 +110,7 @@ fn a_layer_that_a_job_could_not_sync_never_counts_as_sealed_and_shows_nothing_of
 
     let manager = bench.open();
     assert!(content(&manager) == before);
+    assert!(!note.is_there().unwrap());
     delete(&manager, "one").unwrap();
     assert!(content(&manager) == before);
 }

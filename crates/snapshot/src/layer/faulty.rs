@@ -62,6 +62,7 @@ impl Layer {
         };
         let journal = journals.open(id, self.entry.number).unwrap();
         let content = Content::Qcow2(Arc::new(Image::open(parts, Mode::Job(journal)).unwrap()));
-        self.open.store(Arc::new(Open { files: Files { image, data: None }, content }));
+        let note = Some(journals.failure_note(id, self.entry.number));
+        self.open.store(Arc::new(Open { files: Files { image, data: None }, content, note }));
     }
 }
