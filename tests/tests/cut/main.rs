@@ -27,6 +27,7 @@ mod ledger;
 mod load;
 mod marks;
 mod nbd;
+mod neighbours;
 mod ordinary;
 mod overload;
 mod prefix;
