@@ -7,6 +7,7 @@ mod device {
     mod gate;
     mod hostile;
     mod inflight;
+    mod mapped;
     mod messages;
     mod moved;
     mod parked;

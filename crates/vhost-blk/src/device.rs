@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "the framework leaks one descriptor a worker, which is closed by its number")]
 
 use std::io;
+use std::iter;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -34,11 +35,12 @@ pub(crate) struct Device {
     /// A worker is locked by its thread alone.
     workers: Vec<Mutex<Worker>>,
     queues: Vec<Arc<QueueState>>,
-    maps: Arc<Maps>,
     records: Records,
     calls: Calls,
     dirty: Arc<Dirty>,
     claim: Arc<Claim>,
+    /// After all that holds on to what is mapped.
+    maps: Arc<Maps>,
     /// By which the framework's threads will be told to end. Made beforehand, where that may fail: a thread without one
     /// would never end, and the session neither.
     prepared_exits: Mutex<Vec<(EventConsumer, EventNotifier)>>,
@@ -50,7 +52,7 @@ impl Device {
     pub(crate) fn new(config: &DeviceConfig, field: &Arc<Field>, floor: &Arc<Floor>) -> Result<Self> {
         let cache = Arc::new(CacheMode::new(Arc::clone(field)));
         let (dirty, claim) = (Arc::new(Dirty::new(usize::from(config.queues))), Arc::new(Claim::new(floor)));
-        let (maps, records) = (Arc::new(Maps::new()?), Records::default());
+        let (maps, records) = (Arc::new(Maps::new(config.allowance.clone())?), Records::default());
         let (mut workers, mut queues, mut exits) = (Vec::new(), Vec::new(), Vec::new());
         for queue in 0..usize::from(config.queues) {
             let state = Arc::new(QueueState::new()?);
@@ -109,6 +111,7 @@ impl Device {
     /// Takes a front-end's in-flight record, for rings that are started from now on. What it says of the write cache counts
     /// at once if nobody else has the disk: the guest may ask.
     pub(crate) fn set_record(&self, file: OwnedFd, shape: Shape) -> Result<()> {
+        self.maps.announce(iter::once(shape.size))?;
         let record = Arc::new(Record::map(file, shape, self.queues.len())?);
         // From here on it may be touched.
         self.maps.keep(&record)?;
@@ -122,6 +125,7 @@ impl Device {
 
     /// Takes a front-end's log of dirty pages, in the place of the one before it.
     pub(crate) fn set_log(&self, file: OwnedFd, offset: u64, size: u64) -> Result<()> {
+        self.maps.announce(iter::once(size))?;
         let log = Arc::new(Log::map(file, offset, size)?);
         // From here on it may be touched.
         self.maps.keep_log(&log)?;

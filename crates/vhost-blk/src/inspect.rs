@@ -5,6 +5,8 @@
 //! - Descriptors must be what the message says. Memory is a file that is long enough, that can be mapped and not more (a
 //!   device's pages are its driver's); kicks, calls and errors are event descriptors: of others some are always readable,
 //!   so that a worker would never sleep, and some never take a write.
+//! - What a message has us map is charged before it is mapped, see [`allowance`](crate::allowance): a front-end may have sent
+//!   many of them before the first is dealt with.
 //! - Copies are kept of the calls and of the back-end's channel.
 
 use std::fs;
@@ -83,7 +85,11 @@ impl<'a> Inspector<'a> {
                 let features = message.number().unwrap_or_default();
                 self.features = VhostUserProtocolFeatures::from_bits_truncate(features);
             }
-            request::SET_MEM_TABLE | request::ADD_MEM_REG => check_memory(&message)?,
+            request::SET_MEM_TABLE | request::ADD_MEM_REG => {
+                check_memory(&message)?;
+                let sizes = regions(&message).filter_map(|(_, region)| number(region, REGION_SIZE_AT));
+                self.device.maps().announce(sizes).map_err(io::Error::other)?;
+            }
             request::SET_VRING_KICK | request::SET_VRING_ERR => check_events(&message)?,
             request::SET_VRING_CALL => {
                 check_events(&message)?;
@@ -207,12 +213,16 @@ fn number(bytes: &[u8], at: usize) -> Option<u64> {
 
 /// Each region of a memory table, or the one that is added, with its file. That there are as many of these as of those,
 /// the framework judges.
-fn check_memory(message: &Message) -> io::Result<()> {
+fn regions(message: &Message) -> impl Iterator<Item = (&OwnedFd, &[u8])> {
     let regions = message.payload().get(REGIONS_AT..).unwrap_or_default().chunks_exact(REGION);
+    message.fds.iter().zip(regions)
+}
+
+fn check_memory(message: &Message) -> io::Result<()> {
     for fd in &message.fds {
         refuse(is_memory(fd), "memory that is no file")?;
     }
-    for (fd, region) in message.fds.iter().zip(regions) {
+    for (fd, region) in regions(message) {
         let (Some(size), Some(offset)) = (number(region, REGION_SIZE_AT), number(region, REGION_OFFSET_AT))
         else {
             continue;

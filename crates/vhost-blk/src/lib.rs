@@ -29,6 +29,7 @@
 //!   wait for requests alone, never for the gate, and not for parked ones: those end with an error then.
 //! - A parked request (see [`block::Parking`]) is in flight for its queue, but not for the gate.
 
+mod allowance;
 mod answer;
 mod cache;
 mod chain;
@@ -57,5 +58,6 @@ mod vring;
 mod wake;
 mod worker;
 
+pub use allowance::Allowance;
 pub use errors::{IoFailure, OnFailure};
 pub use server::{DeviceConfig, Notifier, Server, SessionEvent};

@@ -2,17 +2,18 @@
 //!
 //! A map of the guest's memory is guarded (see [`sigbus`]) before a worker may see it, and until no
 //! worker holds on to it any more: only then does its memory go, unless a later map has it too. The same goes for
-//! in-flight records and logs of dirty pages.
+//! in-flight records and logs of dirty pages. As long as any of it is mapped it is charged, see [`allowance`](crate::allowance).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use block::{Context, Result};
+use block::{Context, Error, ErrorKind, Result};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{fstat, fstatfs};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use crate::allowance::{Allowance, Charge};
 use crate::dirty::Log;
 use crate::guest::Memory;
 use crate::inflight::Record;
@@ -25,10 +26,12 @@ pub(crate) struct Maps {
     /// The map that the workers take, each change of it guarded. The framework has one of its own.
     current: SharedMemory,
     kept: Mutex<Kept>,
+    allowance: Allowance,
     /// Readable once memory of the front-end's was found to be gone.
     gone: OwnedFd,
 }
 
+/// Dropped in this order: no guard is left on memory that is not mapped any more, and no memory that is not charged.
 #[derive(Debug, Default)]
 struct Kept {
     /// By where the memory is mapped, and for how many bytes.
@@ -37,13 +40,17 @@ struct Kept {
     maps: Vec<Arc<Memory>>,
     records: Vec<Arc<Record>>,
     logs: Vec<Arc<Log>>,
+    /// As the guards.
+    charges: BTreeMap<(usize, usize), Charge>,
+    /// What is about to be mapped.
+    announced: Vec<Charge>,
 }
 
 impl Maps {
-    pub(crate) fn new() -> Result<Self> {
+    pub(crate) fn new(allowance: Allowance) -> Result<Self> {
         let gone = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(std::io::Error::from);
         let gone = gone.context(|| "create an event descriptor")?;
-        Ok(Self { current: SharedMemory::new(Memory::new()), kept: Mutex::default(), gone })
+        Ok(Self { current: SharedMemory::new(Memory::new()), kept: Mutex::default(), allowance, gone })
     }
 
     /// The map that the workers take.
@@ -54,6 +61,26 @@ impl Maps {
     /// Readable once memory that is guarded here was found to be gone: the session must end.
     pub(crate) fn gone(&self) -> BorrowedFd<'_> {
         self.gone.as_fd()
+    }
+
+    /// Charges pieces of so many bytes, which are to be mapped by this session's front-end; an error if that is more than
+    /// it may have. What comes of it is found here, by its length, when it is to be guarded; or the session ends.
+    pub(crate) fn announce(&self, lens: impl Iterator<Item = u64>) -> Result<()> {
+        let mut kept = self.kept();
+        for len in lens {
+            let charge = self.allowance.charge(len).or_else(|_| {
+                kept.prune();
+                self.allowance.charge(len)
+            });
+            kept.announced.push(charge?);
+        }
+        Ok(())
+    }
+
+    /// Takes back what was announced, where there is no framework to map it.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn renounce(&self) {
+        self.kept().announced.clear();
     }
 
     /// The front-end has another memory table. Whoever had it mapped has looked at its files ([`is_within`]).
@@ -95,7 +122,12 @@ impl Maps {
 
     fn guard(&self, kept: &mut Kept, range: (usize, usize)) -> Result<()> {
         if range.1 > 0 && !kept.guards.contains_key(&range) {
+            let announced = kept.announced.iter().position(|charge| charge.len() == range.1 as u64);
+            let charge = announced.map(|index| kept.announced.swap_remove(index));
+            let charge =
+                charge.ok_or_else(|| Error::new(ErrorKind::InvalidInput, "memory that was not announced"))?;
             kept.guards.insert(range, sigbus::guard(range.0, range.1, self.gone())?);
+            kept.charges.insert(range, charge);
         }
         Ok(())
     }
@@ -108,27 +140,21 @@ impl Maps {
 impl Kept {
     fn prune(&mut self) {
         let (maps, records, logs) = (self.maps.len(), self.records.len(), self.logs.len());
-        // What is unused is unmapped when these go out of scope: after its guards.
-        let _maps: Vec<_> =
+        let unused_maps: Vec<_> =
             self.maps.extract_if(..maps.saturating_sub(1), |map| Arc::strong_count(map) == 1).collect();
-        let _records: Vec<_> =
+        let unused_records: Vec<_> =
             self.records.extract_if(..records, |record| Arc::strong_count(record) == 1).collect();
-        let _logs: Vec<_> = self.logs.extract_if(..logs, |log| Arc::strong_count(log) == 1).collect();
-        let Self { guards, maps, records, logs } = self;
-        let used: Vec<_> = maps
+        let unused_logs: Vec<_> = self.logs.extract_if(..logs, |log| Arc::strong_count(log) == 1).collect();
+        let Self { guards, maps, records, logs, charges, .. } = self;
+        let used: BTreeSet<_> = maps
             .iter()
             .flat_map(|map| ranges(map))
             .chain(records.iter().map(|record| record.range()))
             .chain(logs.iter().map(|log| log.range()))
             .collect();
         guards.retain(|range, _| used.contains(range));
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        // Before the memory they guard.
-        self.guards.clear();
+        drop((unused_maps, unused_records, unused_logs));
+        charges.retain(|range, _| used.contains(range));
     }
 }
 

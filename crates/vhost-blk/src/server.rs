@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 
+use crate::allowance::Allowance;
 use crate::cache::Field;
 use crate::device::Device;
 use crate::engine::ID_LEN;
@@ -74,6 +75,8 @@ pub struct DeviceConfig {
     pub pulse: Arc<Pulse>,
     /// What becomes of changes that the host can not carry out, and which of them wait.
     pub parking: Arc<Parking>,
+    /// What its front-ends may have mapped.
+    pub allowance: Allowance,
     /// Told of requests that the host could not carry out.
     pub on_failure: OnFailure,
     /// Told of sessions, of one event after the other, from a session's thread: it delays others while it runs.

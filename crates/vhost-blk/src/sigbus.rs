@@ -29,7 +29,7 @@ use block::{Error, ErrorKind, Result};
 
 /// Ranges at most, of all disks: each has all of its guest's memory. QEMU's has some ten, and up to 256 that are
 /// hot-plugged; the framework takes 509.
-const ENTRIES: usize = 1 << 15;
+pub(crate) const ENTRIES: usize = 1 << 15;
 
 /// One guarded range. Its numbers are valid while `version` is even and not 0, and is the same after they were read.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ use super::wire::{NEED_REPLY, PLAIN, Wire};
 
 const SOON: Duration = Duration::from_secs(10);
 
-fn memory(len: u64) -> OwnedFd {
+pub(super) fn memory(len: u64) -> OwnedFd {
     let file = File::from(memfd_create("memory", MemfdFlags::CLOEXEC).unwrap());
     file.set_len(len).unwrap();
     file.into()
@@ -38,7 +38,7 @@ fn odd() -> Vec<OwnedFd> {
 }
 
 /// A memory table: count, padding, then guest address, size, user address and offset of each.
-fn table(regions: &[[u64; 4]]) -> Vec<u8> {
+pub(super) fn table(regions: &[[u64; 4]]) -> Vec<u8> {
     let head = [regions.len() as u32, 0].map(u32::to_ne_bytes).concat();
     regions.iter().fold(head, |all, region| [all, region.map(u64::to_ne_bytes).concat()].concat())
 }
@@ -48,10 +48,10 @@ fn words<const N: usize>(words: [u32; N]) -> Vec<u8> {
 }
 
 /// What is the same before and after, once sessions have let go.
-struct Before(usize, usize);
+pub(super) struct Before(usize, usize);
 
 impl Before {
-    fn new(served: &Served) -> Self {
+    pub(super) fn new(served: &Served) -> Self {
         // Whatever is made once has been.
         Wire::negotiated(&served.socket);
         served.wait_sessions(1);
@@ -59,7 +59,7 @@ impl Before {
         Self(open_files(), threads())
     }
 
-    fn check(&self, served: &Served) {
+    pub(super) fn check(&self, served: &Served) {
         wait_until("files to be closed and threads to end", || open_files() <= self.0 && threads() <= self.1);
         let mut driver = Driver::connect(&served.socket, 1, 1, 4096).unwrap();
         assert_eq!(driver.queues[0].ask(Request::Read(0)), 0);

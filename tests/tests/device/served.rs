@@ -1,4 +1,4 @@
-//! A disk being served in this process.
+//! A disk being served in this process, one of two.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use block::testing::{FaultStorage, MemStorage};
 use block::{Disk, Gate, Parking, Pulse, RawDisk, Storage, WriteErrors};
 use hostio::{Cache, HostFile};
-use vhost_blk::{DeviceConfig, IoFailure, Server, SessionEvent};
+use vhost_blk::{Allowance, DeviceConfig, IoFailure, Server, SessionEvent};
 
 pub(crate) const MIB: usize = 1 << 20;
 
@@ -47,6 +47,7 @@ impl Served {
             gate: Arc::clone(&gate),
             pulse: Arc::clone(&pulse),
             parking: Arc::clone(&parking),
+            allowance: Allowance::share(2),
             on_failure: Arc::new(move |failure| drop(sender.send(failure))),
             on_session: Box::new(move |event| {
                 if matches!(event, SessionEvent::Disconnected { .. }) {

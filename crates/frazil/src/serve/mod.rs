@@ -35,7 +35,7 @@ use snapshot::{
     Manager, ShutdownCause,
 };
 use tracing::{info, warn};
-use vhost_blk::{DeviceConfig, OnFailure, Server, SessionEvent};
+use vhost_blk::{Allowance, DeviceConfig, OnFailure, Server, SessionEvent};
 
 use crate::config::{self, Config};
 use confine::Confinement;
@@ -72,7 +72,8 @@ pub(crate) fn run(config: Config) -> Result<()> {
     let mut sockets = inherited()?;
     let passed = sockets.remove(CONTROL);
     let manager = Arc::new(open(&config)?);
-    let devices = config.disks.iter().map(|disk| start_device(&manager, disk)).collect::<Result<Vec<_>>>()?;
+    let devices = config.disks.iter().map(|disk| start_device(&manager, disk, config.disks.len()));
+    let devices = devices.collect::<Result<Vec<_>>>()?;
     let ids = config.disks.iter().map(|disk| disk.id.clone());
     let notifiers = ids.zip(devices.iter().map(Server::notifier)).collect();
     let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, sockets, notifiers, confinement, stop));
@@ -146,7 +147,8 @@ fn disk_config(disk: &config::DiskConfig) -> DiskConfig {
     }
 }
 
-fn start_device(manager: &Arc<Manager>, disk: &config::DiskConfig) -> Result<Server> {
+/// Serves one of so many disks.
+fn start_device(manager: &Arc<Manager>, disk: &config::DiskConfig, disks: usize) -> Result<Server> {
     let chain: &Arc<Chain> = manager.chain(&disk.id)?;
     let told = Arc::clone(chain);
     let config = DeviceConfig {
@@ -158,6 +160,7 @@ fn start_device(manager: &Arc<Manager>, disk: &config::DiskConfig) -> Result<Ser
         gate: Arc::clone(chain.gate()),
         pulse: Arc::clone(chain.pulse()),
         parking: Arc::clone(chain.parking()),
+        allowance: Allowance::share(disks),
         on_failure: tell_failures(Arc::clone(manager), disk.id.clone()),
         on_session: Box::new(move |event| {
             told.set_connected(event != SessionEvent::Disconnected { left: 0 });

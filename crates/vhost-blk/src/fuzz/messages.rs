@@ -11,6 +11,7 @@ use block::testing::{Input, MemStorage};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
+use crate::allowance::Allowance;
 use crate::config::MAX_QUEUE_SIZE;
 use crate::device::Device;
 use crate::inspect::Inspector;
@@ -190,6 +191,7 @@ fn device() -> Device {
         gate: Arc::default(),
         pulse: Arc::default(),
         parking: Arc::default(),
+        allowance: Allowance::share(1),
         on_failure: Arc::new(|_| {}),
         on_session: Box::new(|_| {}),
     };
@@ -258,6 +260,7 @@ fn relayed(
         drain(framework);
         verdict
     });
+    device.maps().renounce();
     let _ = device.maps().prune();
     (talk, ended)
 }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use block::testing::{Input, MemStorage};
 use block::{RawDisk, Storage};
 use vhost_user_backend::VringT;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::guest::{AVAIL, MAX_SIZE, MEMORY, Model, REGIONS, SERIAL, USED};
+use crate::allowance::Allowance;
 use crate::cache::CacheMode;
 use crate::dirty::Dirty;
 use crate::floor::Claim;
@@ -37,7 +38,8 @@ struct Rig {
 impl Rig {
     fn new(read_only: bool) -> Self {
         let guest = Memory::from_ranges(&REGIONS.map(|(addr, len)| (GuestAddress(addr), len))).unwrap();
-        let maps = Arc::new(Maps::new().unwrap());
+        let maps = Arc::new(Maps::new(Allowance::share(1)).unwrap());
+        maps.announce(guest.iter().map(GuestMemoryRegion::len)).unwrap();
         maps.publish(&guest).unwrap();
         let memory = maps.current();
         let storage = Arc::new(MemStorage::new(DISK));

@@ -12,8 +12,9 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, FileOffset, GuestAddress};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::allowance::Allowance;
 use crate::dirty::Log;
 
 const AVAIL: u64 = 0x1000;
@@ -31,7 +32,8 @@ fn raw() -> RawDisk {
 }
 
 fn worker(guest: &Memory, disk: Arc<dyn Disk>) -> (Worker, Vring) {
-    let maps = Arc::new(Maps::new().unwrap());
+    let maps = Arc::new(Maps::new(Allowance::share(1)).unwrap());
+    maps.announce(guest.iter().map(GuestMemoryRegion::len)).unwrap();
     maps.publish(guest).unwrap();
     let memory = maps.current();
     let worker = Worker::new(Parts {
