@@ -11,7 +11,7 @@ use block::{
     WriteGuard,
 };
 use hostio::{Cache, HostFile};
-use qcow2::{Image, Mode, Parts};
+use qcow2::Image;
 use tracing::warn;
 
 use crate::backing::{self, AllowedFolders};
@@ -360,57 +360,6 @@ impl Layer {
     }
 }
 
-impl Open {
-    fn new(
-        id: &str,
-        entry: &LayerEntry,
-        files: Files,
-        beneath: Arc<Stack>,
-        table_bytes: u64,
-        access: Access<'_>,
-    ) -> Result<Self> {
-        let note = access.journals().map(|journals| journals.failure_note(id, entry.number));
-        let content = match entry.format {
-            ImageFormat::Raw => {
-                let read_only = !access.is_writing();
-                Content::Raw(Arc::new(RawDisk::new(Arc::clone(&files.image) as _, read_only)?))
-            }
-            ImageFormat::Qcow2 => {
-                let mode = match access {
-                    Access::Read | Access::ReadActive => Mode::ReadOnly,
-                    Access::Write { journals } => Mode::Writable(journals.open(id, entry.number)?),
-                    Access::Job { journals } => Mode::Job(journals.open(id, entry.number)?),
-                };
-                let parts = Parts {
-                    storage: Arc::clone(&files.image) as _,
-                    data_file: files.data.clone().map(|data| data as _),
-                    backing: Some(beneath),
-                    cache_bytes: table_bytes,
-                };
-                // Which syncs what it writes.
-                let image = Image::open(parts, mode)
-                    .inspect_err(|_| failure::leave(note.as_ref().filter(|_| files.sync_has_failed())));
-                Content::Qcow2(Arc::new(image.context(|| format!("open {}", entry.path.display()))?))
-            }
-        };
-        Ok(Self { files, content, note })
-    }
-
-    fn disk(&self) -> Arc<dyn Disk> {
-        match &self.content {
-            Content::Raw(disk) => Arc::clone(disk) as _,
-            Content::Qcow2(image) => Arc::clone(image) as _,
-        }
-    }
-
-    fn layer(&self) -> &dyn block::Layer {
-        match &self.content {
-            Content::Raw(disk) => &**disk,
-            Content::Qcow2(image) => &**image,
-        }
-    }
-}
-
 impl block::Layer for Layer {
     fn run_at(&self, range: ByteRange) -> Result<Run> {
         self.open.load().layer().run_at(range)
@@ -467,3 +416,4 @@ impl Disk for Layer {
 mod failure;
 #[cfg(test)]
 pub(crate) mod faulty;
+mod open;

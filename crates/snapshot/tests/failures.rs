@@ -99,32 +99,6 @@ fn a_base_that_was_resized_is_not_merged_into() {
     assert_eq!(byte(&manager, "vda", SIZE - 4096), 7);
 }
 
-/// A snapshot could not be synced, the daemon was started again in the same boot, and its sync succeeded, for the kernel had
-/// given the lost pages up: the snapshot was told as sealed.
-#[test]
-fn a_snapshot_whose_sync_had_failed_is_forgotten_by_the_next_process() {
-    let boot = hostio::boot_id().unwrap();
-    let other = "0".repeat(boot.len());
-    for (note, is_kept) in [(&boot[..], false), (&boot[..9], false), (&other, true)] {
-        let bench = Bench::new(&["vda"]);
-        let manager = bench.open();
-        for name in ["one", "two"] {
-            stamp(&manager, "vda", 0, 1);
-            snapshot(&manager, name);
-        }
-        manager.shut_down().unwrap();
-        drop(manager);
-        edit_manifest(&bench, "\"sealed\": true", "\"sealed\": false");
-        let path = bench.path("state/journal/vda-000001.failed");
-        std::fs::write(&path, note).unwrap();
-        for _ in 0..2 {
-            let all = [("one".to_owned(), true), ("two".to_owned(), true)];
-            assert_eq!(names(&bench.open()), all[..1 + usize::from(is_kept)]);
-            assert!(!path.exists());
-        }
-    }
-}
-
 /// A merge that was killed has spoiled the snapshot: nobody may take it for one, and deleting it again must work.
 #[test]
 fn a_snapshot_whose_deletion_was_cut_short_can_only_be_deleted() {

@@ -72,3 +72,6 @@ pub(super) fn leave(note: Option<&FailureNote>) {
         error!(%error, "the next process will not know that a sync has failed: restart the host instead");
     }
 }
+
+#[cfg(test)]
+mod tests;

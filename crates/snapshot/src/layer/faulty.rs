@@ -2,6 +2,8 @@
 
 use std::sync::Mutex;
 
+use qcow2::{Mode, Parts};
+
 use super::*;
 
 /// A file whose syncs fail, each with the loss of what was written since: the kernel drops what it could not write.
