@@ -286,6 +286,11 @@ impl FrontEnd {
         self.kicks[ring].write(1).unwrap();
     }
 
+    /// The driver kicks by this on ring `ring`, once it is started again.
+    pub fn replace_kick(&mut self, ring: usize, kick: EventFd) {
+        self.kicks[ring] = kick;
+    }
+
     /// Has the device call somebody else on ring `ring` from now on.
     pub fn replace_call(&mut self, ring: usize) {
         let call = EventFd::new(EFD_NONBLOCK).unwrap();

@@ -323,6 +323,8 @@ impl Shared {
             }
         };
         device.close_exits();
+        // With all that is mapped: who comes next may need all of the disk's share.
+        drop(device);
         if seated {
             self.left(config);
         }

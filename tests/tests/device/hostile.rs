@@ -1,17 +1,19 @@
 //! Drivers of ill will: whatever they do, the disk is served, and so are the others.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block::testing::Random;
 use block::{RawDisk, Storage};
 use frazil_tests::{Desc, Driver, FrontEnd, Request};
 use hostio::{Cache, HostFile};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
-use super::served::{MIB, Served};
+use super::served::{MIB, Served, wait_until};
 
 const DATA: u64 = FrontEnd::DATA;
 const NEXT: u16 = FrontEnd::NEXT;
@@ -128,6 +130,48 @@ fn messages_that_make_no_sense_end_the_session_and_no_more() {
     }
     let mut driver = Driver::connect(&served.socket, 1, 1, 4096).unwrap();
     assert_eq!(driver.queues[0].ask(Request::Read(0)), 0);
+}
+
+/// They keep the worker of that ring busy, and nothing waits for it.
+#[test]
+fn kicks_without_end_hold_up_nobody_else() {
+    let (served, _) = Served::memory(MIB, 2);
+    let (other, _) = Served::memory(MIB, 1);
+    let mut neighbour = Driver::connect(&other.socket, 1, 1, 4096).unwrap();
+    // Each look takes one of them.
+    let kick = EventFd::new(EFD_NONBLOCK | EFD_SEMAPHORE).unwrap();
+    kick.write(1 << 60).unwrap();
+    let left = || {
+        let all = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", kick.as_raw_fd())).unwrap();
+        let count = all.lines().find_map(|line| line.strip_prefix("eventfd-count:")).unwrap();
+        u64::from_str_radix(count.trim(), 16).unwrap()
+    };
+    let mut front_end = FrontEnd::connect(&served.socket, 2, 0).unwrap();
+    front_end.replace_kick(0, kick.try_clone().unwrap());
+    front_end.set_memory(2).unwrap();
+    (0..2).for_each(|ring| front_end.start(ring).unwrap());
+    let chain = [(DATA, 16, NEXT, 1), (DATA + 16, 1, WRITE, 0)];
+    front_end.header(DATA, 4, 0);
+    (0..2).for_each(|ring| front_end.descriptors(FrontEnd::table(ring), 0, &chain));
+    for _ in 0..100 {
+        for ring in 0..2 {
+            front_end.offer(ring, 0);
+            assert_eq!(front_end.used(ring, SOON), Some((0, 1)));
+        }
+        assert_eq!(neighbour.queues[0].ask(Request::Write(0)), 0);
+        let before = left();
+        let closed = served.gate.close();
+        closed.drain(Instant::now() + SOON).unwrap();
+        wait_until("more kicks to be looked at", || left() < before);
+    }
+    front_end.stop(0).unwrap();
+    let stopped = left();
+    thread::sleep(Duration::from_millis(20));
+    assert_eq!(left(), stopped, "a ring that is stopped is not looked at");
+    front_end.start(0).unwrap();
+    wait_until("more kicks to be looked at", || left() < stopped);
+    drop(front_end);
+    served.wait_sessions(1);
 }
 
 /// Chains of four that a racing thread changes while they are looked at, 16 of them in the ring at once.
