@@ -88,10 +88,12 @@ fn messages_go_where_the_model_says() {
         [&[request, flags, payload.len() as u32].map(u32::to_ne_bytes).concat()[..], payload].concat()
     };
     let piece = |how: u8, bytes: &[u8]| [&[how, bytes.len() as u8][..], bytes].concat();
-    let (memory, event, socket) = (8, 9, 10);
+    let (memory, two_memories, event, socket) = (8, 12, 9, 10);
     let features = piece(0, &message(16, 1, &(1_u64 << 12 | 8).to_ne_bytes()));
     let region = [0_u64, 8192, 0x7000, 4096].map(u64::to_ne_bytes).concat();
+    let second = [0x2000_u64, 8192, 0x9000, 8192].map(u64::to_ne_bytes).concat();
     let table = [&[1, 0, 0, 0, 0, 0, 0, 0][..], &region].concat();
+    let tables = [&[2, 0, 0, 0, 0, 0, 0, 0][..], &region, &second].concat();
     let shape = |size: u64| [&[size, 0].map(u64::to_ne_bytes).concat()[..], &[2, 0, 16, 0]].concat();
     let ring = [0; 8];
     let log = [4096_u64, 0].map(u64::to_ne_bytes).concat();
@@ -102,6 +104,7 @@ fn messages_go_where_the_model_says() {
             [piece(0, &message(1, 1, &[])), features.clone(), piece(0, &message(2, 9, &ring))].concat(),
         ),
         ("memory", [piece(memory, &cut), piece(memory, &message(37, 9, &table))].concat()),
+        ("memories", piece(two_memories, &message(5, 1, &tables))),
         ("cut", [piece(memory, &cut[..7]), piece(0, &cut[7..30]), piece(0, &cut[30..])].concat()),
         (
             "rings",
