@@ -29,7 +29,7 @@ fn build(extended: bool) -> Vec<u8> {
     let size = 1_usize << cluster_bits;
     let mut bytes = storage.bytes();
     let (l1, l2) = (header.l1.0 as usize, bytes.len());
-    bytes.resize(l2 + 4 * size, 0);
+    bytes.resize(l2 + 5 * size, 0);
     put(&mut bytes, l1, 1 << 63 | l2 as u64);
     let step = if extended { 16 } else { 8 };
     for (index, data) in [(0, l2 + size), (5, l2 + 2 * size)] {
@@ -43,13 +43,19 @@ fn build(extended: bool) -> Vec<u8> {
     } else {
         put(&mut bytes, l2 + 7 * step, 1);
     }
+    // Across the end of a cluster.
     let packed = model::deflate(&vec![9; size]);
-    let at = l2 + 3 * size + 100;
+    let at = l2 + 4 * size - 5;
     bytes[at..at + packed.len()].copy_from_slice(&packed);
-    put(&mut bytes, l2 + 9 * step, 1 << 62 | at as u64);
+    put(&mut bytes, l2 + 9 * step, 1 << 62 | sectors(1, cluster_bits) | at as u64);
     let storage = MemStorage::from(bytes);
     repair(&storage, &header).unwrap();
     storage.bytes()
+}
+
+/// That a compressed cluster has so many sectors more than one.
+fn sectors(more: u64, cluster_bits: u32) -> u64 {
+    more << (70 - cluster_bits)
 }
 
 /// The two images, made once.
@@ -82,7 +88,10 @@ fn damaged(data: &[u8]) -> Vec<u8> {
         match input.byte() % 4 {
             0 => put(&mut bytes, at, 1 << 63 | place),
             1 => put(&mut bytes, at, place | input.number(2)),
-            2 => put(&mut bytes, at, 1 << 62 | place | input.number(2)),
+            2 => {
+                let more = sectors(u64::from(input.byte() % 2), header.cluster_bits);
+                put(&mut bytes, at, 1 << 62 | more | place | input.number(2));
+            }
             _ => put(&mut bytes, at, input.number(8)),
         }
     }

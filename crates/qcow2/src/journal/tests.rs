@@ -51,6 +51,16 @@ fn records_come_back_in_order_on_the_same_boot_only() {
     assert_eq!(records(&Journal::create(a, b, "two").unwrap()), []);
 }
 
+/// They are read in pieces.
+#[test]
+fn more_records_than_are_read_at_once_come_back() {
+    let (a, b) = (file(), file());
+    let all: Vec<u64> = (0..2 * CHUNK + 3).collect();
+    let appended = all.iter().copied().map(record).collect::<Vec<_>>();
+    open(&a, &b).append(appended.into_iter()).unwrap();
+    assert!(records(&open(&a, &b)) == all);
+}
+
 #[test]
 fn a_torn_record_ends_the_replay() {
     let (a, b) = (file(), file());

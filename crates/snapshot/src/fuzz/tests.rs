@@ -9,7 +9,7 @@ use super::*;
 /// How long the mutations of one target run here. `make fuzz` runs them longer.
 const MOMENT: Duration = Duration::from_secs(3);
 
-/// The seeds of file systems are what their tools make, but for zeroes.
+/// The seeds of file systems are what their tools make, but for zeroes; two of them once more, with something to replay.
 #[test]
 fn disks_of_any_content_are_probed() {
     let piece = |at: u32, bytes: &[u8]| {
