@@ -150,7 +150,9 @@ impl Asker {
 
     /// Makes a call; `false` if there is nothing more to be learnt, for this process was too slow.
     fn call(&mut self, call: u8, mut session: Session, guest: &Guest) -> bool {
-        let (deadline, soon) = (Instant::now() + PATIENCE, Instant::now() + IMPATIENCE);
+        let soon = Instant::now() + IMPATIENCE;
+        // In doubt each call thaws first.
+        let deadline = if self.in_doubt { soon } else { Instant::now() + PATIENCE };
         let outcome = match call {
             0 => session.ping(deadline).map(|()| Value::Null),
             1 => session.info(deadline).map(|info| {
