@@ -105,6 +105,7 @@ impl<'a> Bench<'a> {
 
     /// A guest that writes, alone and while a backup waits for its target.
     fn beside(&mut self, rows: &mut Rows) -> Result<()> {
+        let slow = Slow::start(self.scratch)?;
         for depth in [1, 32] {
             let load = Load { write: true, block: BLOCK as usize, depth };
             let run = |server: &Server| {
@@ -112,8 +113,7 @@ impl<'a> Bench<'a> {
                 load.random(&server.socket, Some(server.id()), || Instant::now() < end).context(server.name)
             };
             let alone = self.in_turns(|_, server| run(server))?;
-            let beside = self.in_turns(|scratch, server| {
-                let slow = Slow::start(scratch)?;
+            let beside = self.in_turns(|_, server| {
                 server.add_target(&slow.file, "raw")?;
                 server.begin_backup(&json!({ "sync": "full" }))?;
                 let measured = run(server)?;
@@ -181,9 +181,11 @@ impl Slow {
 
 impl Drop for Slow {
     fn drop(&mut self) {
-        // Ended, it takes its mount away; killed, it would leave it.
+        // Ended, it takes its mount away; killed, as it is if this takes too long, it would leave it.
         let _ = self.process.terminate();
-        let _ = self.process.wait_for_exit(Duration::from_secs(60));
+        if self.process.wait_for_exit(Duration::from_secs(60)).is_err() {
+            let _ = Command::new("umount").arg("--lazy").arg(&self.file).status();
+        }
     }
 }
 
