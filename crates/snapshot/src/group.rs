@@ -1,7 +1,12 @@
 //! The layers of the disks of one cut: the chain's side of the cut's ports.
+//!
+//! What waits for storage, making overlays and sealing layers, is done for all disks at once: who froze the guest by other means
+//! waits for the first, and a slow disk is then waited for once.
 
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread;
 
 use block::Result;
 
@@ -65,17 +70,16 @@ impl Layers for Group {
 }
 
 impl Group {
+    /// Makes an overlay for each disk, and puts them into the manifest. On an error some may have been made.
     fn create(&self, prepared: &mut Vec<Prepared>) -> Result<()> {
-        for Served { chain, how, .. } in &self.disks {
-            let (base, top) = {
-                let layers = chain.layers();
-                let ends = layers.first().zip(layers.last());
-                let (base, top) = ends.ok_or_else(|| chain.closed())?;
-                (Arc::clone(base), Arc::clone(top))
-            };
-            let overlay = self.store.create_overlay(chain.id(), &base, &top, *how)?;
-            prepared.push(Prepared { chain: Arc::clone(chain), top, overlay });
+        let mut all = Ok(());
+        for made in at_once(&self.disks, |disk| self.overlay(disk)) {
+            match made {
+                Ok(disk) => prepared.push(disk),
+                Err(error) => all = all.and(Err(error)),
+            }
         }
+        all?;
         self.store.update(|manifest| {
             for disk in &*prepared {
                 manifest.push_layer(disk.chain.id(), &disk.top.entry, &disk.overlay.entry);
@@ -83,6 +87,17 @@ impl Group {
             manifest.pending.clone_from(&self.name);
             Ok(())
         })
+    }
+
+    fn overlay(&self, Served { chain, how, .. }: &Served) -> Result<Prepared> {
+        let (base, top) = {
+            let layers = chain.layers();
+            let ends = layers.first().zip(layers.last());
+            let (base, top) = ends.ok_or_else(|| chain.closed())?;
+            (Arc::clone(base), Arc::clone(top))
+        };
+        let overlay = self.store.create_overlay(chain.id(), &base, &top, *how)?;
+        Ok(Prepared { chain: Arc::clone(chain), top, overlay })
     }
 }
 
@@ -133,8 +148,25 @@ impl PivotedLayers for PivotedGroup {
 
     fn seal(&mut self) -> Result<()> {
         // One that fails is no reason to leave the others unsynced.
-        self.disks.iter().map(|(chain, _)| seal(&self.store, chain)).fold(Ok(()), Result::and)
+        at_once(&self.disks, |(chain, _)| seal(&self.store, chain)).into_iter().fold(Ok(()), Result::and)
     }
+}
+
+/// What `work` makes of each disk, in their order: each in a thread of its own, as far as there may be threads.
+fn at_once<T: Sync, R: Send>(disks: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let work = &work;
+    thread::scope(|scope| {
+        let begin = |disk| {
+            let own = thread::Builder::new().name("layers".to_owned());
+            own.spawn_scoped(scope, move || work(disk)).map_err(|_| disk)
+        };
+        let begun: Vec<_> = disks.iter().map(begin).collect();
+        let end = |begun: std::result::Result<thread::ScopedJoinHandle<'_, R>, _>| match begun {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(disk) => work(disk),
+        };
+        begun.into_iter().map(end).collect()
+    })
 }
 
 /// Syncs the layer of the last snapshot, if that is still to be done.
