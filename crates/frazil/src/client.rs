@@ -74,7 +74,8 @@ pub(crate) fn snapshot(command: Snapshot) -> Result<(), Failure> {
         }
         Snapshot::Delete { name, job, place } => {
             let mut via = Via::open(&place)?;
-            let id = via.delete(DeleteRequest { name: name.clone(), options: jobs::options(&job) })?;
+            let options = jobs::options(&via, &job);
+            let id = via.delete(DeleteRequest { name: name.clone(), options })?;
             jobs::follow(&mut via, &id, &job, &format!("deleted {name}"))
         }
         Snapshot::Export { name, disk, format: Some(format), out: Some(out), place, .. } => {

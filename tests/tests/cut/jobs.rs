@@ -95,23 +95,19 @@ impl Drill {
         went_on
     }
 
-    /// Waits until a job is over, as fast as it can.
+    /// Waits until a job is over, as fast as it can. It is one that goes by itself: after a kill each does, for who began it has
+    /// lost the connection.
     fn end(&self, id: &Value) {
         let deadline = Instant::now() + Duration::from_secs(30);
         while let Some(job) = self.jobs().into_iter().find(|job| job["id"] == *id) {
             if job["status"] == "concluded" {
                 assert_eq!(job["error"], Value::Null);
-                self.served.ask("job-dismiss", json!({ "id": id }));
-            } else {
-                assert!(Instant::now() < deadline, "{job}");
-                // It may just have become too late for that.
-                let _ = self.served.qmp().execute(
-                    "block-job-set-speed",
-                    json!({ "device": id, "speed": 0 }),
-                    |_, _| {},
-                );
-                thread::sleep(Duration::from_millis(5));
             }
+            assert!(Instant::now() < deadline, "{job}");
+            // It may just have become too late for that.
+            let speed = json!({ "device": id, "speed": 0 });
+            let _ = self.served.qmp().execute("block-job-set-speed", speed, |_, _| {});
+            thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -175,8 +171,7 @@ fn commits_and_streams_killed_go_on() {
     // What lies lowest holds a snapshot, what lies on it none.
     ["kept", "gone"].iter().for_each(|name| drill.snapshot(name));
     let load = drill.load();
-    let id = drill.served.ask("snapshot-delete", json!({ "name": "gone", "auto-dismiss": false }))["job-id"]
-        .clone();
+    let id = drill.served.ask("snapshot-delete", json!({ "name": "gone" }))["job-id"].clone();
     drill.end(&id);
     drill.ledgers = load.finish();
     drill.snapshots.remove("gone");
@@ -267,9 +262,37 @@ fn a_full_host_fails_a_job_and_changes_nothing() {
     drill.settle();
     drill.snapshots.remove("one");
     drill.check_snapshots();
-    let id = drill.served.ask("snapshot-delete", arguments)["job-id"].clone();
+    let id = drill.served.ask("snapshot-delete", json!({ "name": "one" }))["job-id"].clone();
     drill.end(&id);
+    assert_eq!(drill.served.names(), ["two", "three"]);
     drill.settle();
     drill.check_snapshots();
+    drill.finish();
+}
+
+/// A command that is ended while it waits leaves its job to the daemon, and its name to others; one that waits hears of the end.
+#[test]
+fn a_command_that_waits_leaves_nothing_on_the_list() {
+    let mut drill = Drill::start("raw", "writeback", Mix::Stamps);
+    ["one", "two"].iter().for_each(|name| drill.snapshot(name));
+    let begin = |name: &str| {
+        let words = ["snapshot", "delete", name, "--speed", "4K", "--control", "control"];
+        let command = drill.served.spawn(&words);
+        while drill.jobs().is_empty() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        command
+    };
+    let mut killed = begin("one");
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    drill.end(&json!("delete-one"));
+    assert_eq!(drill.served.names(), ["two"]);
+    let waits = begin("two");
+    drill.served.ask("job-cancel", json!({ "id": "delete-two" }));
+    let output = waits.wait_with_output().unwrap();
+    let story = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && story.contains("it was cancelled"), "{output:?}");
+    assert!(drill.jobs().is_empty());
     drill.finish();
 }

@@ -228,14 +228,13 @@ impl Served {
     /// `frazil WORDS…`, which goes on.
     pub(crate) fn spawn(&self, words: &[&str]) -> Child {
         let mut command = Command::new(program());
-        command.args(words).current_dir(self.folder.path()).stdout(Stdio::piped());
-        command.spawn().unwrap()
+        command.args(words).current_dir(self.folder.path());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
-    /// `frazil WORDS…`.
+    /// `frazil WORDS…`, to its end.
     pub(crate) fn command(&self, words: &[&str]) -> Output {
-        let output = Command::new(program()).args(words).current_dir(self.folder.path()).output();
-        output.unwrap()
+        self.spawn(words).wait_with_output().unwrap()
     }
 }
 

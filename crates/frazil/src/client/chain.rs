@@ -23,18 +23,18 @@ pub(crate) fn chain(command: Chain) -> Result<(), Failure> {
         }
         Chain::Commit { disk, base, top, job, place } => {
             let ((base, base_node), (top, top_node)) = (layer(base), layer(top));
-            let options = options(&job);
+            let mut via = Via::open(&place)?;
+            let options = options(&via, &job);
             let device = disk;
             let request =
                 CommitRequest { device, base, base_node, top, top_node, auto_complete: true, options };
-            let mut via = Via::open(&place)?;
             let id = via.commit(request)?;
             follow(&mut via, &id, &job, "committed")
         }
         Chain::Stream { layer: device, base, job, place } => {
             let (base, base_node) = layer(base);
-            let request = StreamRequest { device, base, base_node, options: options(&job) };
             let mut via = Via::open(&place)?;
+            let request = StreamRequest { device, base, base_node, options: options(&via, &job) };
             let id = via.stream(request)?;
             follow(&mut via, &id, &job, "streamed")
         }

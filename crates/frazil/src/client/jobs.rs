@@ -42,7 +42,7 @@ pub(crate) fn job(command: Job) -> Result<(), Failure> {
         }
         Job::Wait { id, daemon } => {
             let mut via = Via::Control(Connection::open(&daemon)?);
-            if !via.jobs()?.iter().any(|job| job.id == id) {
+            if !via.jobs(&mut |_, _| {})?.iter().any(|job| job.id == id) {
                 let failure =
                     Failure::new(Exit::Failed, format!("wait for job {id}"), "there is no such job");
                 return Err(failure.hint("`frazil job list` shows those there are"));
@@ -53,12 +53,13 @@ pub(crate) fn job(command: Job) -> Result<(), Failure> {
     }
 }
 
-/// What the daemon is told of a job. One that is waited for is dismissed by whoever waits, who has seen how it ended.
-pub(super) fn options(flags: &JobFlags) -> JobOptions {
+/// What is asked of a job. A daemon's goes from the list by itself, for whoever waits may be gone by then; one that this
+/// process carries out stays, to be seen how it ended.
+pub(super) fn options(via: &Via, flags: &JobFlags) -> JobOptions {
     JobOptions {
         job_id: flags.job_id.clone(),
         speed: flags.speed,
-        auto_dismiss: flags.no_wait,
+        auto_dismiss: matches!(via, Via::Control(_)),
         ..JobOptions::default()
     }
 }
@@ -72,21 +73,30 @@ pub(super) fn follow(via: &mut Via, id: &str, flags: &JobFlags, done: &str) -> R
     print(&format!("{done}\n"))
 }
 
-/// Waits until a job is over, with a bar where somebody watches. One that dismisses itself is over when it is gone.
+/// Waits until a job is over, with a bar where somebody watches. One that dismisses itself is over when it is gone; who
+/// began it has then been told how it ended.
 fn wait(via: &mut Via, id: &str) -> Result<(), Failure> {
     let bar = Progress::new(id);
+    let mut failed = None;
     loop {
-        let Some(job) = via.jobs()?.into_iter().find(|job| job.id == id) else { return Ok(()) };
+        let jobs = via.jobs(&mut |event, data| match event {
+            "BLOCK_JOB_COMPLETED" if data["device"] == id => {
+                failed = data["error"].as_str().map(str::to_owned)
+            }
+            "BLOCK_JOB_CANCELLED" if data["device"] == id => failed = Some("it was cancelled".to_owned()),
+            _ => {}
+        })?;
+        let Some(job) = jobs.into_iter().find(|job| job.id == id) else { break };
         bar.report(job.current_progress, job.total_progress);
         if job.status == JobStatus::Concluded {
-            via.dismiss(id)?;
-            return match job.error {
-                None => Ok(()),
-                Some(error) => Err(Failure::new(Exit::Failed, format!("run job {id}"), error)),
-            };
+            failed = job.error;
+            // It may be about to go by itself.
+            let _ = via.dismiss(id);
+            break;
         }
         sleep(LOOK);
     }
+    failed.map_or(Ok(()), |error| Err(Failure::new(Exit::Failed, format!("run job {id}"), error)))
 }
 
 /// An answer to `query-jobs`.

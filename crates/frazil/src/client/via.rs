@@ -193,10 +193,12 @@ impl Via {
         }
     }
 
-    pub(super) fn jobs(&mut self) -> Result<Vec<JobInfo>, Failure> {
+    /// The jobs; `on_event` is given what a daemon has told since the last command.
+    pub(super) fn jobs(&mut self, on_event: &mut dyn FnMut(&str, &Value)) -> Result<Vec<JobInfo>, Failure> {
         match self {
             Self::Control(connection) => {
-                jobs::decode_list(&connection.ask("list the jobs", "query-jobs", json!({}))?)
+                let what = "list the jobs";
+                jobs::decode_list(&connection.ask_watching(what, "query-jobs", json!({}), on_event)?)
             }
             Self::State(service) => Ok(service.jobs()),
         }

@@ -72,6 +72,8 @@ impl Jobs {
                 continue;
             }
             info!(job = record.id, "a job of an earlier run goes on");
+            // Whoever wanted to see its end, and then dismiss it, lost the connection with that run.
+            let record = JobRecord { auto_dismiss: true, ..record };
             let entry = self.0.entry(&record, None);
             list.entries.push(entry);
         }

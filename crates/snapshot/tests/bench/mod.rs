@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use block::{WriteErrors, read_disk, write_disk};
 use hostio::Cache;
 use snapshot::{
-    AllowedFolders, Chain, CreateRequest, DeleteRequest, DiskConfig, FreezeDefaults, FreezePolicy,
+    AllowedFolders, Chain, CreateRequest, DeleteRequest, DiskConfig, Event, FreezeDefaults, FreezePolicy,
     ImageFormat, JobOptions, JobStatus, JobVerb, Manager, SnapshotRecord,
 };
 use tempfile::TempDir;
@@ -114,16 +114,22 @@ pub fn delete(manager: &Manager, name: &str) -> Result<(), String> {
     finish(manager, &id)
 }
 
-/// Waits for a job that does not dismiss itself, and dismisses it; its error if it has one.
+/// Waits for a job, and dismisses it if it does not do so itself, as one does that an earlier run has left; its error if it
+/// has one.
 pub fn finish(manager: &Manager, id: &str) -> Result<(), String> {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let job = manager.jobs().into_iter().find(|job| job.id == id).unwrap();
+    let (events, deadline) = (manager.subscribe(), Instant::now() + Duration::from_secs(60));
+    let mut ended = Ok(());
+    while let Some(job) = manager.jobs().into_iter().find(|job| job.id == id) {
         if job.status == JobStatus::Concluded {
-            manager.ask_job(id, JobVerb::Dismiss).unwrap();
-            return job.error.map_or(Ok(()), Err);
+            let _ = manager.ask_job(id, JobVerb::Dismiss);
+            ended = job.error.map_or(Ok(()), Err);
         }
-        assert!(Instant::now() < deadline, "{job:?} does not end");
+        assert!(Instant::now() < deadline, "{id} does not end");
         std::thread::sleep(Duration::from_millis(2));
     }
+    let told = events.try_iter().find_map(|event| match event {
+        Event::JobCompleted { end, .. } if end.device == id => end.error,
+        _ => None,
+    });
+    told.map_or(ended, Err)
 }
