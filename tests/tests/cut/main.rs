@@ -25,6 +25,7 @@ mod jobs;
 mod killed;
 mod ledger;
 mod load;
+mod mapped;
 mod marks;
 mod nbd;
 mod neighbours;
