@@ -1,6 +1,6 @@
 //! The layers of the disks of one cut: the chain's side of the cut's ports.
 //!
-//! What waits for storage, making overlays and sealing layers, is done for all disks at once: who froze the guest by other means
+//! What waits for storage, making overlays and sealing layers, is done for several disks at once: who froze the guest by other means
 //! waits for the first, and a slow disk is then waited for once.
 
 use std::panic::resume_unwind;
@@ -15,6 +15,9 @@ use crate::cut::{Layers, PivotedLayers, PreparedLayers};
 use crate::layer::{Layer, Opening};
 use crate::model::{SnapshotDisk, SnapshotRecord};
 use crate::store::Store;
+
+/// Disks whose storage is waited for at once. More would take the processors from the guests.
+const AT_ONCE: usize = 8;
 
 /// A disk that is served, and how its images are opened.
 #[derive(Clone, Debug)]
@@ -152,21 +155,24 @@ impl PivotedLayers for PivotedGroup {
     }
 }
 
-/// What `work` makes of each disk, in their order: each in a thread of its own, as far as there may be threads.
+/// What `work` makes of each disk, in their order: of some at once, each in a thread of its own, as far as there may be threads.
 fn at_once<T: Sync, R: Send>(disks: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let work = &work;
-    thread::scope(|scope| {
-        let begin = |disk| {
-            let own = thread::Builder::new().name("layers".to_owned());
-            own.spawn_scoped(scope, move || work(disk)).map_err(|_| disk)
-        };
-        let begun: Vec<_> = disks.iter().map(begin).collect();
-        let end = |begun: std::result::Result<thread::ScopedJoinHandle<'_, R>, _>| match begun {
-            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
-            Err(disk) => work(disk),
-        };
-        begun.into_iter().map(end).collect()
-    })
+    let some = |disks: &[T]| -> Vec<R> {
+        thread::scope(|scope| {
+            let begin = |disk| {
+                let own = thread::Builder::new().name("layers".to_owned());
+                own.spawn_scoped(scope, move || work(disk)).map_err(|_| disk)
+            };
+            let begun: Vec<_> = disks.iter().map(begin).collect();
+            let end = |begun: std::result::Result<thread::ScopedJoinHandle<'_, R>, _>| match begun {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                Err(disk) => work(disk),
+            };
+            begun.into_iter().map(end).collect()
+        })
+    };
+    disks.chunks(AT_ONCE).flat_map(some).collect()
 }
 
 /// Syncs the layer of the last snapshot, if that is still to be done.

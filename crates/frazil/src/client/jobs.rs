@@ -1,7 +1,7 @@
 //! `frazil job`, and waiting for the jobs that other commands begin.
 
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use snapshot::{JobInfo, JobOptions, JobStatus};
@@ -15,6 +15,9 @@ use crate::failure::{Exit, Failure};
 
 /// How often a job is looked at.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How long the event that tells a job's end may come behind it.
+const BEHIND: Duration = Duration::from_secs(10);
 
 /// `frazil job …`.
 pub(crate) fn job(command: Job) -> Result<(), Failure> {
@@ -47,7 +50,7 @@ pub(crate) fn job(command: Job) -> Result<(), Failure> {
                     Failure::new(Exit::Failed, format!("wait for job {id}"), "there is no such job");
                 return Err(failure.hint("`frazil job list` shows those there are"));
             }
-            wait(&mut via, &id)?;
+            wait(&mut via, &id, false)?;
             print(&format!("{id} is over\n"))
         }
     }
@@ -69,34 +72,41 @@ pub(super) fn follow(via: &mut Via, id: &str, flags: &JobFlags, done: &str) -> R
     if flags.no_wait {
         return print(&format!("{id}\n"));
     }
-    wait(via, id)?;
+    let is_own = matches!(via, Via::Control(_));
+    wait(via, id, is_own)?;
     print(&format!("{done}\n"))
 }
 
-/// Waits until a job is over, with a bar where somebody watches. One that dismisses itself is over when it is gone; who
-/// began it has then been told how it ended.
-fn wait(via: &mut Via, id: &str) -> Result<(), Failure> {
+/// Waits until a job is over, with a bar where somebody watches. One that dismisses itself is over when it is gone; how it
+/// ended is told to who began it (`is_own`), by an event.
+fn wait(via: &mut Via, id: &str, is_own: bool) -> Result<(), Failure> {
     let bar = Progress::new(id);
-    let mut failed = None;
+    let (mut ended, mut gone) = (None, None);
     loop {
         let jobs = via.jobs(&mut |event, data| match event {
             "BLOCK_JOB_COMPLETED" if data["device"] == id => {
-                failed = data["error"].as_str().map(str::to_owned)
+                ended = Some(data["error"].as_str().map_or(Ok(()), |error| Err(error.to_owned())));
             }
-            "BLOCK_JOB_CANCELLED" if data["device"] == id => failed = Some("it was cancelled".to_owned()),
+            "BLOCK_JOB_CANCELLED" if data["device"] == id => ended = Some(Err("it was cancelled".to_owned())),
             _ => {}
         })?;
-        let Some(job) = jobs.into_iter().find(|job| job.id == id) else { break };
-        bar.report(job.current_progress, job.total_progress);
-        if job.status == JobStatus::Concluded {
-            failed = job.error;
-            // It may be about to go by itself.
-            let _ = via.dismiss(id);
-            break;
+        match jobs.into_iter().find(|job| job.id == id) {
+            Some(job) if job.status == JobStatus::Concluded => {
+                ended = Some(job.error.map_or(Ok(()), Err));
+                // It may be about to go by itself.
+                let _ = via.dismiss(id);
+            }
+            Some(job) => bar.report(job.current_progress, job.total_progress),
+            // An event may come later than an answer.
+            None if is_own && ended.is_none() && gone.get_or_insert_with(Instant::now).elapsed() < BEHIND => {
+            }
+            None => break,
         }
         sleep(LOOK);
     }
-    failed.map_or(Ok(()), |error| Err(Failure::new(Exit::Failed, format!("run job {id}"), error)))
+    let not_told = || Err("it is over, but how it ended was not told: the daemon's log says so".to_owned());
+    let ended = ended.unwrap_or_else(|| if is_own { not_told() } else { Ok(()) });
+    ended.map_err(|error| Failure::new(Exit::Failed, format!("run job {id}"), error))
 }
 
 /// An answer to `query-jobs`.
