@@ -184,6 +184,8 @@ mod tests {
             ("blockdev-add", call("blockdev-add", &[1, 0, 1, 1, 0, 1, 1, 2, 1, 1, 0, 1, 1, 1])),
             ("block-job-set-speed", call("block-job-set-speed", &[1, 1, 1, 8, 0, 0, 0, 0, 0, 1, 0, 0])),
             ("spoiled", call("snapshot-create", &[1, 2, 0xff])),
+            ("next-below", call("block_resize", &[0, 0, 1, 0xfe, 0])),
+            ("next-above", call("block_resize", &[0, 0, 1, 0xfe, 1])),
             ("transactions", call("transaction", &[1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 5, 1, 1, 1])),
         ];
         keep_seeds("qmp", &made);

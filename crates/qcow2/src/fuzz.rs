@@ -139,7 +139,7 @@ pub fn directory(data: &[u8]) {
     }
 }
 
-/// A dirty bitmap is a set of granules, whatever is marked, merged and grown.
+/// A dirty bitmap is a set of granules, whatever is marked, merged, grown and looked for.
 pub fn bitmap(data: &[u8]) {
     let mut input = Input(data);
     let bits = 9 + u32::from(input.byte() % 3);
@@ -147,7 +147,7 @@ pub fn bitmap(data: &[u8]) {
     let bitmap = DirtyBitmap::new(capacity, bits).unwrap();
     let mut model = BTreeSet::new();
     while !input.is_empty() {
-        let (act, at, len) = (input.byte() % 4, input.number(3) % (capacity + 1), input.number(2));
+        let (act, at, len) = (input.byte() % 5, input.number(3) % (capacity + 1), input.number(2));
         match act {
             0 | 1 => {
                 bitmap.mark(ByteRange { offset: at, len });
@@ -160,9 +160,19 @@ pub fn bitmap(data: &[u8]) {
                 let granules = (0..8).filter(|bit| len >> bit & 1 == 1).map(|bit| byte * 8 + bit);
                 model.extend(granules.filter(|granule| granule << bits < capacity));
             }
-            _ => {
+            3 => {
                 capacity += len;
                 bitmap.grow(capacity).unwrap();
+            }
+            _ => {
+                let end = (at + len).min(capacity);
+                let first = model.range(at >> bits..).next().filter(|first| **first << bits < end);
+                let run = first.map(|first| {
+                    let stop = (*first..).find(|granule| !model.contains(granule)).unwrap();
+                    (at.max(first << bits), end.min(stop << bits))
+                });
+                let found = bitmap.next_dirty(ByteRange { offset: at, len });
+                assert_eq!(found.map(|found| (found.offset, found.end())), run.filter(|_| at < end));
             }
         }
     }
@@ -177,6 +187,7 @@ pub fn bitmap(data: &[u8]) {
         offset = run.end();
     }
     assert_eq!(found, model);
+    assert_eq!(bitmap.dirty_bytes(), ((model.len() as u64) << bits).min(capacity));
 }
 
 /// Refcounts of any width are an array of numbers.

@@ -90,14 +90,16 @@ impl DiskEntry {
 
     /// Refuses what no change of the manifest leaves behind: what counts with these numbers relies on it.
     fn check(&self) -> std::result::Result<(), &'static str> {
-        let Some(last) = self.layers.last() else { return Err("has no layers") };
+        if self.layers.is_empty() {
+            return Err("has no layers");
+        }
         let grows = |pair: &[LayerEntry]| matches!(pair, [low, high] if low.number < high.number);
-        if !self.layers.windows(2).all(grows) || last.number >= self.next {
+        if !self.layers.windows(2).all(grows) {
             return Err("has layers whose numbers do not grow");
         }
-        let merged = |layer: &LayerEntry| layer.merged.unwrap_or(layer.number);
-        if self.layers.iter().any(|layer| !(layer.number..self.next).contains(&merged(layer))) {
-            return Err("has a layer into which one was merged that never was");
+        let highest = |layer: &LayerEntry| layer.merged.unwrap_or(layer.number);
+        if self.layers.iter().any(|layer| !(layer.number..self.next).contains(&highest(layer))) {
+            return Err("has a layer, or one that was merged into it, whose number was never given");
         }
         match self.marks.is_sound(self.next) {
             true => Ok(()),

@@ -44,16 +44,16 @@ impl<'a> Input<'a> {
 
 /// Changes `data` as a fuzzer does: bits, bytes, words, pieces moved, left out, and put in twice.
 pub fn mutate(random: &mut Random, data: &mut Vec<u8>) {
-    const VALUES: [u8; 8] = [0, 1, 0x7f, 0x80, 0xff, 2, 8, 0x40];
+    const VALUES: [u8; 9] = [0, 1, 0x7f, 0x80, 0xfe, 0xff, 2, 8, 0x40];
     let mut below = |bound: usize| random.below(bound as u64) as usize;
     let at = below(data.len());
     match below(8) {
         0 if !data.is_empty() => data[at] ^= 1 << below(8),
-        1 | 2 if !data.is_empty() => data[at] = VALUES[below(8)],
+        1 | 2 if !data.is_empty() => data[at] = VALUES[below(VALUES.len())],
         3 if !data.is_empty() => data[at] = below(256) as u8,
         4 => {
             let end = (at + below(9)).min(data.len());
-            data[at.min(end)..end].fill(VALUES[below(8)]);
+            data[at.min(end)..end].fill(VALUES[below(VALUES.len())]);
         }
         5 => data.truncate(below(data.len() + 1)),
         6 => {
@@ -61,7 +61,7 @@ pub fn mutate(random: &mut Random, data: &mut Vec<u8>) {
             let to = below(data.len() + 1);
             data.splice(to..to, piece);
         }
-        _ => data.extend((0..below(24)).map(|_| VALUES[below(8)]).collect::<Vec<u8>>()),
+        _ => data.extend((0..below(24)).map(|_| VALUES[below(VALUES.len())]).collect::<Vec<u8>>()),
     }
     data.truncate(LONGEST);
 }

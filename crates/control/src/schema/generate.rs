@@ -106,14 +106,25 @@ impl<'a> Generator<'a> {
             "bool" => json!(how.is_multiple_of(2)),
             "null" => Value::Null,
             "number" => json!(self.input.number(8)),
-            // Past what 64 bits hold, on the one side or on the other.
-            "int" | "int64" if how == SPOILS_ELSE => self.spoil(json!(u64::MAX)),
-            _ if how == SPOILS_ELSE => self.spoil(json!(-1)),
+            _ if how == SPOILS_ELSE => self.next_to(name),
             "int" | "int64" => json!(self.input.number(8).cast_signed() >> (how % 64)),
             "uint8" => json!(self.input.byte()),
             "uint32" => json!(self.input.number(4)),
             _ => json!(self.input.number(8) >> (how % 64)),
         }
+    }
+
+    /// The whole number next to those that the type holds, below or above. JSON has floats for what 64 bits do not hold.
+    fn next_to(&mut self, name: &str) -> Value {
+        let held = match name {
+            "int" | "int64" => i128::from(i64::MIN)..=i128::from(i64::MAX),
+            "uint8" => 0..=i128::from(u8::MAX),
+            "uint32" => 0..=i128::from(u32::MAX),
+            _ => 0..=i128::from(u64::MAX),
+        };
+        let number = if self.input.byte().is_multiple_of(2) { held.start() - 1 } else { held.end() + 1 };
+        let value = serde_json::Number::from_i128(number).map_or_else(|| json!(number as f64), Value::Number);
+        self.spoil(value)
     }
 
     fn spoil(&mut self, value: Value) -> Value {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use block::testing::Input;
 use block::{ByteRange, ErrorKind};
+use serde_json::Value;
 
 use crate::backing::AllowedFolders;
 use crate::cut::Debts;
@@ -43,6 +44,8 @@ impl Drop for Folder {
 pub fn state(data: &[u8]) {
     let parsed = Manifest::parse(data);
     if let Ok(manifest) = &parsed {
+        let said: Value = serde_json::from_slice(data).unwrap();
+        assert!(said["version"] == 1 && said["disks"].as_object().unwrap().values().all(is_possible));
         let written = serde_json::to_vec(manifest).unwrap();
         assert_eq!(untimed(&Manifest::parse(&written).unwrap()), untimed(manifest));
         ask(manifest);
@@ -62,10 +65,12 @@ pub fn state(data: &[u8]) {
             let settled = store.manifest().clone();
             let known = parsed.unwrap();
             assert_eq!(settled.disks.keys().collect::<Vec<_>>(), known.disks.keys().collect::<Vec<_>>());
-            assert!(
-                settled.pending.is_none()
-                    && settled.snapshots.iter().all(|one| known.snapshots.contains(one))
-            );
+            // What was not sealed was written in another boot, if in any.
+            let kept = known.snapshots.iter().filter(|one| one.sealed || known.boot_id == settled.boot_id);
+            assert!(settled.pending.is_none() && settled.snapshots.iter().eq(kept));
+            assert_eq!(settled.boot_id, hostio::boot_id().unwrap());
+            let bitmaps = settled.disks.values().flat_map(|disk| &disk.marks.bitmaps);
+            assert!(bitmaps.into_iter().all(|bitmap| bitmap.persistent));
             drop(store);
             assert_eq!(untimed(&open().unwrap().manifest()), untimed(&settled));
         }
@@ -74,6 +79,31 @@ pub fn state(data: &[u8]) {
             assert!(fs::read(&path).unwrap() == data, "what is damaged was written over");
         }
     }
+}
+
+/// Whether a disk's numbers are such as can come about: layers one above the other, each merged into the next below it at the
+/// most, and nothing of an instant that is yet to come.
+fn is_possible(disk: &Value) -> bool {
+    let next = disk["next"].as_u64().unwrap();
+    let layers = disk["layers"].as_array().unwrap();
+    let numbers: Vec<_> = layers.iter().map(|layer| layer["number"].as_u64().unwrap()).collect();
+    let merged =
+        |layer: &Value, number| layer["merged"].as_u64().is_none_or(|to| (number..next).contains(&to));
+    let list = |name: &str| disk["marks"]["history"][name].as_array().cloned().unwrap_or_default();
+    let span = |of: &Value, from: &str, to: &str| of[from].as_u64().unwrap()..of[to].as_u64().unwrap();
+    let folded = list("folded").iter().all(|of| {
+        let span = span(of, "from", "to");
+        !span.is_empty() && span.end <= next
+    });
+    let reverts = list("reverts").iter().all(|of| {
+        let span = span(of, "to", "at");
+        span.start <= span.end && span.end < next
+    });
+    numbers.is_sorted_by(|low, high| low < high)
+        && numbers.last().is_some_and(|last| *last < next)
+        && layers.iter().zip(&numbers).all(|(layer, number)| merged(layer, *number))
+        && folded
+        && reverts
 }
 
 /// Without the times that steps took: their last digit may be another one when it is read again.

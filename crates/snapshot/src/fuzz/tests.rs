@@ -62,11 +62,15 @@ fn state_directories_of_any_content_are_opened_or_refused() {
         {"path":"/i/a.vda-000003.qcow2","format":"qcow2","number":3,"sealed":true},
         {"path":"/i/a.vda-000006.qcow2","format":"qcow2","number":6}],"next":7,
         "base":{"path":"/i/a.raw","format":"raw"},
-        "marks":{"bitmaps":[{"name":"b","granularity":65536,"persistent":true,"since":{"boundary":2,"capacity":4096},"bits":5}],
+        "marks":{"bitmaps":[{"name":"b","granularity":65536,"persistent":true,"since":{"boundary":2,"capacity":4096},"bits":5},
+        {"name":"t","granularity":512,"persistent":false,"since":{"boundary":7,"capacity":4096}}],
         "history":{"folded":[{"from":0,"to":3,"bits":4}],"reverts":[{"to":2,"at":3}]}}}},
         "snapshots":[{"name":"s","time":"2026-01-02T03:04:05Z","grade":"crash","reason":"r","sealed":true,
         "timing":{"prepare":1.0,"gate":1.0,"drain":1.0,"pivot":1.0,"open":1.0,"seal":1.0,"gate-closed":1.0,"longest-wait":1.0},
-        "disks":[{"id":"vda","path":"/i/a.raw","format":"raw"}]}],
+        "disks":[{"id":"vda","path":"/i/a.raw","format":"raw"}]},
+        {"name":"u","time":"2026-01-02T03:04:06Z","grade":"crash","reason":"r","sealed":false,
+        "timing":{"prepare":1.0,"gate":1.0,"drain":1.0,"pivot":1.0,"open":1.0,"seal":1.0,"gate-closed":1.0,"longest-wait":1.0},
+        "disks":[{"id":"vda","path":"/i/a.vda-000003.qcow2","format":"qcow2"}]}],
         "pending":"t","deleting":["s"],
         "jobs":[{"id":"j","task":{"merge":{"disk":"vda","lowest":0,"highest":3}},"automatic":true,"auto-dismiss":true,"speed":0,"paused":false,
         "moves":[{"disk":"vda","direction":"down","lowest":0,"highest":3,"copied":9}]},
@@ -74,7 +78,19 @@ fn state_directories_of_any_content_are_opened_or_refused() {
         "checkpoints":[{"name":"c","time":"2026-01-02T03:04:05Z","grade":"filesystem","reason":"r","disks":[{"id":"vda","boundary":4,"capacity":512}]}]}"#;
     let mended = full.replace('\n', "").replace("        ", "");
     crate::manifest::Manifest::parse(mended.as_bytes()).unwrap();
-    keep_seeds("state", &[("plain", plain.into()), ("full", mended.into())]);
+    let spoiled = [
+        ("later-version", r#""version":1"#, r#""version":2"#),
+        ("next-taken", r#""next":7"#, r#""next":6"#),
+        ("number-twice", r#""number":3"#, r#""number":0"#),
+        ("merged-later", r#""merged":2"#, r#""merged":7"#),
+        ("folded-nothing", r#""from":0,"to":3"#, r#""from":3,"to":3"#),
+        ("folded-later", r#""from":0,"to":3"#, r#""from":0,"to":8"#),
+        ("reverted-later", r#""to":2,"at":3"#, r#""to":2,"at":7"#),
+    ];
+    let spoil = |(name, sound, not): (_, &str, &str)| (name, mended.replacen(sound, not, 1).into_bytes());
+    let mut made = vec![("plain", plain.into()), ("full", mended.clone().into_bytes())];
+    made.extend(spoiled.map(spoil));
+    keep_seeds("state", &made);
     drive("state", state, MOMENT);
 }
 
@@ -86,6 +102,7 @@ fn files_of_changes_are_read_as_the_model_says() {
     let made = [
         ("small", [&[1], &header(70_000, 12)[..], &[0x81, 0, 3]].concat()),
         ("empty", [&[1], &header(0, 9)[..]].concat()),
+        ("many", [&[1], &header(4096 << 12, 12)[..], &[0x10; 512]].concat()),
         ("unsealed", [&[0], &header(4096, 9)[..], &[1, 0, 0, 0, 0]].concat()),
     ];
     keep_seeds("bits", &made);
