@@ -53,7 +53,7 @@ impl Manager {
     pub fn enter_job(&self, asked: HostedJob) -> Result<Seat> {
         let inner = Arc::clone(&self.jobs.0);
         let mut list = inner.list();
-        list.admit(&asked.id)?;
+        list.admit(&asked.id, false)?;
         let HostedJob { id, kind, speed, auto_finalize, auto_dismiss, client, group } = asked;
         let identity = Identity { id, kind, automatic: false, auto_finalize, auto_dismiss, client, group };
         let events = Arc::clone(&inner.world.bus) as _;

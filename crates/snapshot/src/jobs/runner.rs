@@ -20,7 +20,7 @@ use super::tidy::Tidiness;
 use super::work::Work;
 use super::world::World;
 
-/// Jobs that may be on the list, those that nobody has dismissed included.
+/// Jobs that clients may have on the list, those that nobody has dismissed included. Of the automatic ones each disk has one.
 const MAX_JOBS: usize = 256;
 
 /// The error of a job that was called off, in QEMU's words.
@@ -92,7 +92,7 @@ impl Jobs {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
         let id = options.job_id.unwrap_or_else(|| usual.to_owned());
         let mut list = self.0.list();
-        list.admit(&id)?;
+        list.admit(&id, automatic)?;
         let is_same = |entry: &&Entry| entry.task.as_ref() == Some(&task) && !entry.is_over();
         if let Some(same) = list.entries.iter().find(is_same) {
             return busy(format!("job '{}' does that already", same.job.identity.id));
@@ -235,12 +235,13 @@ impl List {
         }
     }
 
-    /// Whether a job of that id may be entered.
-    pub(super) fn admit(&self, id: &str) -> Result<()> {
+    /// Whether a job of that id may be entered. Clients that dismiss nothing keep out each other, and no automatic job.
+    pub(super) fn admit(&self, id: &str, automatic: bool) -> Result<()> {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
         check_id(id)?;
         self.check_running()?;
-        if self.entries.len() >= MAX_JOBS {
+        let of_clients = self.entries.iter().filter(|entry| !entry.job.identity.automatic).count();
+        if !automatic && of_clients >= MAX_JOBS {
             return busy("there are too many jobs: dismiss those that have concluded".to_owned());
         }
         if self.entries.iter().any(|entry| entry.job.identity.id == id) {

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use block::{WriteErrors, read_disk, write_disk};
+use block::{ErrorKind, WriteErrors, read_disk, write_disk};
 use hostio::Cache;
 use tempfile::TempDir;
 
@@ -28,6 +28,10 @@ impl Bench {
     }
 
     fn open(&self) -> Manager {
+        self.open_with(None)
+    }
+
+    fn open_with(&self, max_overlays: Option<u32>) -> Manager {
         let disk = DiskConfig {
             id: "vda".to_owned(),
             path: self.folder.path().join("base.raw"),
@@ -36,7 +40,7 @@ impl Bench {
             cache: Cache::Writeback,
             metadata_cache: crate::DEFAULT_METADATA_CACHE,
             write_errors: WriteErrors::default(),
-            max_overlays: None,
+            max_overlays,
         };
         let state = self.folder.path().join("state");
         Manager::open(&state, &[disk], AllowedFolders::default(), FreezeDefaults::default(), None).unwrap()
@@ -113,4 +117,35 @@ fn a_layer_that_a_job_could_not_sync_never_counts_as_sealed_and_shows_nothing_of
     assert!(!note.is_there().unwrap());
     delete(&manager, "one").unwrap();
     assert!(content(&manager) == before);
+}
+
+/// Clients had as many jobs as may be on the list, and never dismissed them: chains grew without end.
+#[test]
+fn jobs_that_nobody_dismisses_keep_out_those_of_clients_and_no_automatic_ones() {
+    let bench = Bench::new();
+    let manager = bench.open_with(Some(1));
+    let enter = |number: u32| {
+        manager.enter_job(HostedJob {
+            id: format!("job-{number}"),
+            kind: JobType::Backup,
+            speed: 0,
+            auto_finalize: true,
+            auto_dismiss: false,
+            client: None,
+            group: None,
+        })
+    };
+    let seats: Vec<_> = (0..256).map(|number| enter(number).unwrap()).collect();
+    assert_eq!(enter(256).err().unwrap().kind(), ErrorKind::Busy);
+    for name in ["one", "two", "three"] {
+        snapshot(&manager, name);
+    }
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while manager.chain("vda").unwrap().layers().len() > 2 {
+        assert!(Instant::now() < deadline, "{:?}", manager.jobs());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(enter(256).is_err());
+    drop(seats);
+    enter(256).unwrap();
 }
