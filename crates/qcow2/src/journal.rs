@@ -35,7 +35,7 @@ const HEADER_CRC: usize = 80;
 const RECORD_LEN: usize = 32;
 const RECORD_NUMBER: usize = 24;
 const RECORD_CRC: usize = 28;
-/// No header has this sequence or a higher one, so the next one is a number too.
+/// No header has this sequence or a higher one, so the next one is a number too. No use of a journal gets there.
 const MOST_SEQUENCES: u64 = 1 << 63;
 /// Records read at a time.
 const CHUNK: u64 = 4096;
@@ -121,8 +121,7 @@ impl Journal {
         let Some(file) = files.get_mut(*current).filter(|_| records.len() > 0) else { return Ok(()) };
         buffer.clear();
         if file.is_empty() {
-            *sequence += 1;
-            file.begin(boot_id, *sequence, buffer);
+            file.begin(boot_id, next(sequence)?, buffer);
             file.len = 0;
         }
         file.append(records, buffer).context(|| "write the journal")
@@ -157,9 +156,8 @@ impl Journal {
         let Self { boot_id, files, sequence, buffer, .. } = self;
         match files.get_mut(index) {
             Some(file) if !file.is_empty() || file.torn => {
-                *sequence += 1;
                 buffer.clear();
-                file.begin(boot_id, *sequence, buffer);
+                file.begin(boot_id, next(sequence)?, buffer);
                 file.empty(buffer).context(|| "empty the journal")
             }
             _ => Ok(()),
@@ -253,6 +251,17 @@ impl File {
             offset += buffer.len() as u64;
         }
     }
+}
+
+/// A new sequence; an error rather than one whose header would not be read again.
+fn next(sequence: &mut u64) -> Result<u64> {
+    let next = *sequence + 1;
+    if next >= MOST_SEQUENCES {
+        let story = "the journal's numbers are used up, so it is not Frazil that has written it";
+        return Err(Error::new(ErrorKind::Corrupt, story));
+    }
+    *sequence = next;
+    Ok(next)
 }
 
 fn encode_header(boot_id: &[u8; BOOT_ID_LEN], sequence: u64, out: &mut Vec<u8>) {

@@ -108,6 +108,28 @@ fn what_an_earlier_use_left_behind_is_not_read() {
     }
 }
 
+/// Found by a fuzzer: the header after it would not have been read again, nor what was acknowledged with it.
+#[test]
+fn nothing_is_appended_under_a_header_that_is_not_read_again() {
+    for (left, appended) in [(1, 0), (2, 0), (3, 1), (4, 2)] {
+        let (a, b) = (file(), file());
+        let boot_id = open(&a, &b).boot_id;
+        let mut header = Vec::new();
+        encode_header(&boot_id, MOST_SEQUENCES - left, &mut header);
+        a.write_at(&header, 0).unwrap();
+        let mut journal = open(&a, &b);
+        let mut known = Vec::new();
+        for n in 0..3 {
+            if journal.append([record(n)].into_iter()).is_ok() {
+                known.push(n);
+            }
+            assert_eq!(records(&open(&a, &b)), known);
+            journal.rotate();
+        }
+        assert!(known.len() >= appended, "{left} left, {known:?}");
+    }
+}
+
 #[test]
 fn a_failed_append_leaves_nothing_behind_the_next_one() {
     let (a, b) = (file(), file());
