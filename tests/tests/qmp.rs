@@ -22,10 +22,9 @@ fn python() -> PathBuf {
 /// A server of a fake disk.
 fn serve(folder: &Path) -> (Server, Arc<Fake>, PathBuf) {
     let path = folder.join("qmp");
-    let (fake, events) = Fake::new();
-    let service = Arc::new(fake);
-    let server =
-        Server::start(hostio::Listener::bind(&path).unwrap(), Arc::clone(&service) as _, events).unwrap();
+    let service = Arc::new(Fake::new());
+    let listener = hostio::Listener::bind(&path).unwrap();
+    let server = Server::start(listener, Arc::clone(&service) as _, service.announcer().clone()).unwrap();
     (server, service, path)
 }
 

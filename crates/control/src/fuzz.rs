@@ -24,7 +24,7 @@ type Item = Result<Value, StreamError>;
 /// refused if and only if they do not conform to the schema, and what is returned conforms to it.
 pub fn qmp(data: &[u8]) {
     let Some((mode, rest)) = data.split_first() else { return };
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     service.go_on();
     let caller = Caller::alone(&service);
     match mode % 2 {

@@ -11,7 +11,7 @@
 //!                                                       │ reply
 //!   client ◀──lines── writer ◀──────── Outbox ◀─────────┤ (waits for room)
 //!                                         ▲
-//!   Service's events ──▶ Throttle ──▶ broadcast  (never waits: a client that does not read is cut off)
+//!   events ──▶ Announcer ──▶ Throttle ───┘  (never waits: a client that does not read is cut off)
 //! ```
 //! A client has two threads and the commands run on its reader. So a client's commands are done and answered in
 //! order, a command that takes seconds holds up nobody else, and no client can hold up the daemon.
@@ -27,14 +27,17 @@
 //! # Invariants
 //! - Memory is bounded: at most [`MAX_CLIENTS`] connections, each with one incomplete command of 64 KiB, one that is
 //!   being done, and about 1 MiB of lines to be written.
-//! - No event reaches a client before the reply to its `qmp_capabilities`.
+//! - No event reaches a client before the reply to its `qmp_capabilities`, and none after the reply to a command that could
+//!   know of it.
 //! - Arguments are checked before a command has any effect; unknown ones are refused.
 //! - What a client sends can end its own connection and nothing else.
 
 mod blocks;
 pub mod client;
+mod clients;
 mod commands;
 mod error;
+mod events;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 mod message;
@@ -49,5 +52,7 @@ mod stream;
 pub mod testing;
 mod throttle;
 
-pub use server::{MAX_CLIENTS, Server};
+pub use clients::MAX_CLIENTS;
+pub use events::Announcer;
+pub use server::Server;
 pub use service::{DaemonStatus, Service};

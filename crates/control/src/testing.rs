@@ -4,7 +4,6 @@ mod samples;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,15 +19,15 @@ use snapshot::{
     JobOptions, JobStatus, JobType, JobVerb, SnapshotRecord, StreamRequest,
 };
 
-use crate::{DaemonStatus, Service};
+use crate::{Announcer, DaemonStatus, Service};
 
 /// One disk, `vda`, and a list of snapshots. A snapshot named `slow` is taken only once [`Fake::go_on`] is called,
 /// one named `panic` panics.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Fake {
     state: Mutex<State>,
     changed: Condvar,
-    events: Mutex<Sender<Event>>,
+    announcer: Announcer,
 }
 
 #[derive(Debug, Default)]
@@ -47,16 +46,14 @@ struct State {
 }
 
 impl Fake {
-    /// The service and the events that it will send.
-    pub fn new() -> (Self, Receiver<Event>) {
-        let (sender, events) = mpsc::channel();
-        (Self { state: Mutex::default(), changed: Condvar::new(), events: Mutex::new(sender) }, events)
+    /// A service with one disk and no snapshots.
+    pub fn new() -> Self {
+        Self::default()
     }
 
-    /// Sends an event.
-    pub fn send(&self, event: Event) {
-        // Nobody listens once the server is gone, and a test that cares will notice.
-        let _ = self.events.lock().unwrap_or_else(PoisonError::into_inner).send(event);
+    /// Tells the clients of its server of events.
+    pub fn announcer(&self) -> &Announcer {
+        &self.announcer
     }
 
     /// Lets the snapshots named `slow` be taken.
@@ -96,7 +93,7 @@ impl Fake {
         };
         let job = JobInfo { id: id.clone(), r#type, status, current_progress, total_progress, error: None };
         self.lock().jobs.push(job);
-        self.send(Event::Job { id: id.clone(), status });
+        self.announcer.tell(&Event::Job { id: id.clone(), status });
         id
     }
 
@@ -138,7 +135,7 @@ impl Service for Fake {
         let record = samples::snapshot(request.name, &disks);
         state.snapshots.push(record.clone());
         drop(state);
-        self.send(Event::Created { snapshot: Box::new(record.clone()) });
+        self.announcer.tell(&Event::Created { snapshot: Box::new(record.clone()) });
         Ok(record)
     }
 

@@ -45,10 +45,9 @@ struct Pretender {
 impl Pretender {
     fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let (service, events) = Fake::new();
-        let service = Arc::new(service);
+        let service = Arc::new(Fake::new());
         let listener = hostio::Listener::bind(&folder.path().join("control.sock")).unwrap();
-        let server = Server::start(listener, Arc::clone(&service) as _, events).unwrap();
+        let server = Server::start(listener, Arc::clone(&service) as _, service.announcer().clone()).unwrap();
         Self { folder, service, _server: server }
     }
 

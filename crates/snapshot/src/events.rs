@@ -1,30 +1,33 @@
 //! Events on their way from the cut to whoever listens.
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
 use crate::cut::Events;
 use crate::model::Event;
 
-/// How many events may wait for one listener; it misses what comes while so many do.
-const MAX_WAITING: usize = 1024;
+/// Is told of each event by who makes it, while that may hold locks: it neither waits nor asks for anything.
+type Listener = Box<dyn Fn(&Event) + Send>;
 
-/// Hands each event to every listener, and waits for none.
-#[derive(Debug, Default)]
-pub(crate) struct Bus(Mutex<Vec<SyncSender<Event>>>);
+/// Hands each event to every listener before the one who makes it goes on, all in the same order.
+#[derive(Default)]
+pub(crate) struct Bus(Mutex<Vec<Listener>>);
 
 impl Bus {
-    pub(crate) fn subscribe(&self) -> Receiver<Event> {
-        let (sender, receiver) = sync_channel(MAX_WAITING);
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
-        receiver
+    pub(crate) fn subscribe(&self, listener: Listener) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(listener);
     }
 }
 
 impl Events for Bus {
     fn emit(&self, event: Event) {
-        use std::sync::mpsc::TrySendError::Disconnected;
-        let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        listeners.retain(|listener| !matches!(listener.try_send(event.clone()), Err(Disconnected(_))));
+        let listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.iter().for_each(|listener| listener(&event));
+    }
+}
+
+impl fmt::Debug for Bus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bus").finish_non_exhaustive()
     }
 }

@@ -382,7 +382,7 @@ fn a_guest_that_does_not_thaw_does_not_keep_the_disks_from_being_flushed() {
 fn one_change_at_a_time() {
     let bench = Bench::new(&["vda"]);
     let manager = Arc::new(bench.open());
-    let (events, others) = (manager.subscribe(), Arc::clone(&manager));
+    let (events, others) = (bench::events(&manager), Arc::clone(&manager));
     let refused = Arc::new(Mutex::new(0));
     let counted = Arc::clone(&refused);
     let other = std::thread::spawn(move || {

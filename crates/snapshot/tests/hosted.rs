@@ -76,7 +76,7 @@ fn wait_for(manager: &Manager, id: &str, status: JobStatus) {
 fn a_hosted_job_is_told_of_to_who_began_it_and_waits_to_be_dismissed() {
     let bench = Bench::new(&["vda"]);
     let manager = bench.open();
-    let events = manager.subscribe();
+    let events = bench::events(&manager);
     let (end, _over) = start(&manager, asked("b"));
     wait_for(&manager, "b", JobStatus::Running);
     assert_eq!(manager.enter_job(asked("b")).err().unwrap().to_string(), "Job ID 'b' already in use");
@@ -94,7 +94,7 @@ fn a_hosted_job_is_told_of_to_who_began_it_and_waits_to_be_dismissed() {
 fn a_hosted_job_that_fails_or_is_called_off_says_so() {
     let bench = Bench::new(&["vda"]);
     let manager = bench.open();
-    let events = manager.subscribe();
+    let events = bench::events(&manager);
     let (end, _over) = start(&manager, asked("failing"));
     end.send(Err(Error::new(ErrorKind::NoSpace, "no room"))).unwrap();
     wait_for(&manager, "failing", JobStatus::Concluded);
@@ -128,7 +128,7 @@ impl Labor for Hampered {
 fn a_job_that_fails_after_it_was_called_off_says_so() {
     let bench = Bench::new(&["vda"]);
     let manager = bench.open();
-    let events = manager.subscribe();
+    let events = bench::events(&manager);
     manager.enter_job(asked("b")).unwrap().start(Box::new(Hampered)).unwrap();
     manager.ask_job("b", JobVerb::Cancel).unwrap();
     wait_for(&manager, "b", JobStatus::Concluded);
@@ -143,7 +143,7 @@ fn a_job_that_fails_after_it_was_called_off_says_so() {
 fn the_last_step_waits_for_a_client_if_it_was_asked_to() {
     let bench = Bench::new(&["vda"]);
     let manager = bench.open();
-    let events = manager.subscribe();
+    let events = bench::events(&manager);
     let (end, over) = start(&manager, HostedJob { auto_finalize: false, ..asked("b") });
     end.send(Ok(())).unwrap();
     wait_for(&manager, "b", JobStatus::Pending);
@@ -170,7 +170,7 @@ fn a_job_that_never_begins_leaves_no_trace_and_one_that_runs_ends_with_the_daemo
 fn a_job_that_fails_calls_off_those_that_it_would_have_ended_with() {
     let bench = Bench::new(&["vda"]);
     let manager = bench.open();
-    let events = manager.subscribe();
+    let events = bench::events(&manager);
     let group = Arc::new(JobGroup::new());
     let member = |id| HostedJob { group: Some(Arc::clone(&group)), ..asked(id) };
     let seats = ["done", "working", "failing"].map(|id| manager.enter_job(member(id)).unwrap());

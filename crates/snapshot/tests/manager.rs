@@ -268,7 +268,7 @@ fn a_prepared_snapshot_is_released_aborted_or_ended_by_its_lease() {
     manager.abort("aborted").unwrap();
     assert!(!chain(&manager, "vda").gate().is_closed());
 
-    let events = manager.subscribe();
+    let events = bench::events(&manager);
     manager.prepare(request("expired"), Duration::from_millis(50)).unwrap();
     let failed = |event| matches!(event, Event::Failed { name, .. } if name == "expired");
     let mut events = std::iter::from_fn(|| events.recv_timeout(Duration::from_secs(10)).ok());

@@ -79,18 +79,19 @@ impl Listener {
         job["error"].as_str().map(str::to_owned)
     }
 
-    /// The errors of jobs that were told since this was last asked, of which there is one at least: it may come later than an
-    /// answer. Those are never told as the guest's.
-    fn job_errors(&mut self) -> BTreeSet<String> {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while Instant::now() < deadline && !self.events.iter().any(|(name, _)| name == "BLOCK_JOB_ERROR") {
-            self.ask("query-version", json!({}));
+    /// Waits until an error of a job is told.
+    fn await_job_error(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !self.events.iter().any(|(name, _)| name == "BLOCK_JOB_ERROR") {
+            assert!(Instant::now() < deadline, "no error is told");
             thread::sleep(Duration::from_millis(5));
+            self.ask("query-version", json!({}));
         }
-        self.take_errors()
     }
 
-    fn take_errors(&mut self) -> BTreeSet<String> {
+    /// The errors of jobs that were told since this was last asked: before an answer could know of them, and never as the
+    /// guest's.
+    fn job_errors(&mut self) -> BTreeSet<String> {
         let events = std::mem::take(&mut self.events);
         assert!(events.iter().all(|(name, _)| name != "BLOCK_IO_ERROR"), "{events:?}");
         let errors = events.into_iter().filter(|(name, _)| name == "BLOCK_JOB_ERROR");
@@ -149,13 +150,13 @@ fn full_target(format: &'static str, policy: &str, action: &str) {
     if stops {
         // Still no room: it stops again.
         listener.ask("job-resume", json!({ "id": "vd0" }));
-        thread::sleep(Duration::from_millis(50));
+        listener.await_job_error();
         listener.await_job("vd0", &["paused"]);
         assert_eq!(listener.job_errors(), told("vd0", "write", action));
         limit(&served, None);
         listener.ask("job-resume", json!({ "id": "vd0" }));
         assert_eq!(listener.finish("vd0"), None);
-        assert_eq!(listener.take_errors(), BTreeSet::new());
+        assert_eq!(listener.job_errors(), BTreeSet::new());
     } else {
         let error = listener.finish("vd0");
         assert_eq!(error.is_some(), policy == "report", "{error:?}");

@@ -22,7 +22,7 @@ fn run_all(service: &Fake, negotiated: bool, requests: &[Value]) -> Outcome {
 }
 
 fn run_one(name: &str, arguments: Value) -> Outcome {
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     let first = json!({"execute": "snapshot-create", "arguments": {"name": "first"}});
     run_all(&service, true, &[first, json!({"execute": name, "arguments": arguments})])
 }
@@ -34,7 +34,7 @@ fn failure(outcome: Outcome) -> (ErrorClass, String) {
 
 #[test]
 fn only_the_negotiation_works_before_the_negotiation() {
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     let expecting = (
         ErrorClass::CommandNotFound,
         "Expecting capabilities negotiation with 'qmp_capabilities'".to_owned(),
@@ -55,7 +55,7 @@ fn only_the_negotiation_works_before_the_negotiation() {
 
 #[test]
 fn a_capability_that_is_not_offered_is_refused_and_the_negotiation_goes_on() {
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     for (enable, desc) in [
         (json!(["oob"]), "Capability oob not available"),
         (json!(["x"]), "Parameter 'enable[0]' does not accept value 'x'"),
@@ -108,7 +108,7 @@ fn failures_have_the_class_and_the_words_that_clients_expect() {
 
 #[test]
 fn a_prepared_snapshot_has_a_lease_and_is_released_or_aborted() {
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     let call = |name: &str, arguments: Value| {
         run_all(&service, true, &[json!({"execute": name, "arguments": arguments})])
     };
@@ -124,7 +124,7 @@ fn a_prepared_snapshot_has_a_lease_and_is_released_or_aborted() {
 
 #[test]
 fn a_revert_discards_newer_snapshots_only_if_told_so() {
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     let request = |name: &str, arguments: Value| json!({"execute": name, "arguments": arguments});
     let create = |name: &str| request("snapshot-create", json!({"name": name}));
     run_all(&service, true, &[create("a"), create("b")]).unwrap();
@@ -137,7 +137,7 @@ fn a_revert_discards_newer_snapshots_only_if_told_so() {
 
 #[test]
 fn an_export_tells_how_far_it_is() {
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     let seen = RefCell::new(Vec::new());
     let progress = |name: &str, data| {
         seen.borrow_mut().push((name.to_owned(), data));
@@ -185,7 +185,7 @@ fn the_disks_are_shown_as_qemu_shows_them() {
 
 #[test]
 fn the_disks_are_paused_from_stop_to_cont() {
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     let status = |before: &str| {
         let commands = [json!({"execute": before}), json!({"execute": "query-status"})];
         let status = run_all(&service, true, &commands).unwrap();
@@ -219,7 +219,7 @@ fn a_disk_is_resized_by_its_name_or_by_that_of_its_active_layer() {
         json!({"node-name": "vda.1", "size": size}),
         json!({"node-name": "vda", "size": size}),
     ] {
-        let (service, _events) = Fake::new();
+        let service = Fake::new();
         run_all(&service, true, &[json!({"execute": "block_resize", "arguments": arguments})]).unwrap();
         assert_eq!(service.disks()[0].capacity, size);
     }

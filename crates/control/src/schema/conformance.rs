@@ -51,7 +51,7 @@ fn the_commands_are_the_documented_ones() {
 fn what_the_check_lets_pass_the_types_take() {
     for (name, signature) in SCHEMA.commands.iter().filter(|(name, _)| *name != "qmp_capabilities") {
         for (turn, full) in (0..16).flat_map(|turn| [(turn, true), (turn, false)]) {
-            let (service, _events) = Fake::new();
+            let service = Fake::new();
             let caller = Caller::alone(&service);
             let arguments = sample(&signature.arguments, turn, full);
             if let Err(error) = run(&caller, name, arguments.as_object().unwrap().clone()) {
@@ -232,7 +232,7 @@ fn calls() -> Vec<(&'static str, Value)> {
 
 #[test]
 fn what_commands_return_is_what_is_documented() {
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     let caller = Caller::alone(&service);
     let calls = calls();
     for (name, arguments) in &calls {
@@ -288,7 +288,7 @@ fn plain_events(record: SnapshotRecord) -> Vec<Event> {
 
 #[test]
 fn the_events_and_their_data_are_the_documented_ones() {
-    let (service, _events) = Fake::new();
+    let service = Fake::new();
     let record = service.create(CreateRequest { name: "a".into(), disks: None, freeze: None }).unwrap();
     assert_eq!(record.time, OffsetDateTime::UNIX_EPOCH);
     let name = || "a".to_owned();

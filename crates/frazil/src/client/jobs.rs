@@ -1,7 +1,7 @@
 //! `frazil job`, and waiting for the jobs that other commands begin.
 
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::json;
 use snapshot::{JobInfo, JobOptions, JobStatus};
@@ -15,9 +15,6 @@ use crate::failure::{Exit, Failure};
 
 /// How often a job is looked at.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// How long the event that tells a job's end may come behind it.
-const BEHIND: Duration = Duration::from_secs(10);
 
 /// `frazil job …`.
 pub(crate) fn job(command: Job) -> Result<(), Failure> {
@@ -78,10 +75,10 @@ pub(super) fn follow(via: &mut Via, id: &str, flags: &JobFlags, done: &str) -> R
 }
 
 /// Waits until a job is over, with a bar where somebody watches. One that dismisses itself is over when it is gone; how it
-/// ended is told to who began it (`is_own`), by an event.
+/// ended is told to who began it (`is_own`), by an event that comes before.
 fn wait(via: &mut Via, id: &str, is_own: bool) -> Result<(), Failure> {
     let bar = Progress::new(id);
-    let (mut ended, mut gone) = (None, None);
+    let mut ended = None;
     loop {
         let jobs = via.jobs(&mut |event, data| match event {
             "BLOCK_JOB_COMPLETED" if data["device"] == id => {
@@ -97,9 +94,6 @@ fn wait(via: &mut Via, id: &str, is_own: bool) -> Result<(), Failure> {
                 let _ = via.dismiss(id);
             }
             Some(job) => bar.report(job.current_progress, job.total_progress),
-            // An event may come later than an answer.
-            None if is_own && ended.is_none() && gone.get_or_insert_with(Instant::now).elapsed() < BEHIND => {
-            }
             None => break,
         }
         sleep(LOOK);

@@ -13,7 +13,6 @@ mod http;
 
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -23,7 +22,7 @@ use hostio::Listener;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use rustix::net::{Shutdown, shutdown};
-use snapshot::Event;
+use snapshot::Manager;
 use tracing::info;
 
 use crate::config::MetricsAddress;
@@ -79,23 +78,16 @@ impl AsFd for Socket {
 }
 
 impl Metrics {
-    /// Begins to serve what `service` and `events` tell.
+    /// Begins to serve what `service` and the manager's events tell.
     pub(super) fn start(
         address: &MetricsAddress,
         service: Arc<dyn Service>,
-        events: Receiver<Event>,
+        manager: &Manager,
     ) -> Result<Self> {
         let socket = Arc::new(Socket::open(address)?);
         let cuts = Arc::<Mutex<Cuts>>::default();
         let counted = Arc::clone(&cuts);
-        // It ends when nobody sends events any more.
-        let spawn = |name: &str| thread::Builder::new().name(name.to_owned());
-        let counting = spawn("metrics-events").spawn(move || {
-            events
-                .iter()
-                .for_each(|event| counted.lock().unwrap_or_else(PoisonError::into_inner).count(&event));
-        });
-        counting.context(|| "begin to count for metrics")?;
+        manager.subscribe(move |event| counted.lock().unwrap_or_else(PoisonError::into_inner).count(event));
         let mut registry = Registry::with_prefix("frazil");
         registry.register_collector(Box::new(Gathered { service, cuts }));
         let listening = Arc::clone(&socket);
@@ -103,7 +95,8 @@ impl Metrics {
             let mut text = String::new();
             encode(&mut text, &registry).map(|()| text).ok()
         };
-        let thread = spawn("metrics").spawn(move || http::serve(|| listening.accept(), Arc::new(text)));
+        let spawn = thread::Builder::new().name("metrics".to_owned());
+        let thread = spawn.spawn(move || http::serve(|| listening.accept(), Arc::new(text)));
         Ok(Self { socket, thread: Some(thread.context(|| "begin to serve metrics")?) })
     }
 }

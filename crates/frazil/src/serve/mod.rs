@@ -24,7 +24,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use block::{Context, Disk, Error, ErrorKind, Result};
-use control::Service;
+use control::{Announcer, Service};
 use guest_agent::Agent;
 use hostio::Listener;
 use sd_notify::NotifyState;
@@ -77,17 +77,18 @@ pub(crate) fn run(config: Config) -> Result<()> {
     let ids = config.disks.iter().map(|disk| disk.id.clone());
     let notifiers = ids.zip(devices.iter().map(Server::notifier)).collect();
     let daemon = Arc::new(Daemon::new(Arc::clone(&manager), &config, sockets, notifiers, confinement, stop));
-    let metrics = config
-        .metrics
-        .as_ref()
-        .map(|address| Metrics::start(address, Arc::clone(&daemon) as _, manager.subscribe()));
+    let metrics =
+        config.metrics.as_ref().map(|address| Metrics::start(address, Arc::clone(&daemon) as _, &manager));
     let metrics = metrics.transpose()?;
     // Last: whoever finds it finds all the rest.
     let listener = match passed {
         Some(socket) => Listener::inherited(socket).context(|| "take the control socket of systemd")?,
         None => Listener::bind(&config.control)?,
     };
-    let mut control = control::Server::start(listener, Arc::clone(&daemon) as _, manager.subscribe())?;
+    let announcer = Announcer::default();
+    let clients = announcer.clone();
+    manager.subscribe(move |event| clients.tell(event));
+    let mut control = control::Server::start(listener, Arc::clone(&daemon) as _, announcer)?;
     info!(disks = config.disks.len(), control = %config.control.display(), "serving");
     tell_systemd(&[NotifyState::Ready]);
 

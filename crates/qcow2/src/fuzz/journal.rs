@@ -60,12 +60,10 @@ pub fn journal(data: &[u8]) {
                     older = known.len();
                 }
             }
-            _ => {
-                match journal.drop_older() {
-                    Ok(()) => drop(known.drain(..std::mem::take(&mut older))),
-                    Err(error) => assert!(is_used_up, "{error}"),
-                }
-            }
+            _ => match journal.drop_older() {
+                Ok(()) => drop(known.drain(..std::mem::take(&mut older))),
+                Err(error) => assert!(is_used_up, "{error}"),
+            },
         }
         assert_eq!(replayed(&open()), known);
     }

@@ -9,7 +9,6 @@ mod seals;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Instant;
@@ -211,9 +210,10 @@ impl Manager {
         self.disks.get(id).ok_or_else(story)
     }
 
-    /// All events from now on. A listener that lets 1024 wait misses some.
-    pub fn subscribe(&self) -> Receiver<Event> {
-        self.bus.subscribe()
+    /// Has a listener told of each event from now on, before whoever makes it goes on. That may hold locks: a listener neither
+    /// waits, nor calls this manager.
+    pub fn subscribe(&self, listener: impl Fn(&Event) + Send + 'static) {
+        self.bus.subscribe(Box::new(listener));
     }
 
     /// Sends what the device has to tell to all who listen.

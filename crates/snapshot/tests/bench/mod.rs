@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use block::{WriteErrors, read_disk, write_disk};
@@ -114,10 +115,20 @@ pub fn delete(manager: &Manager, name: &str) -> Result<(), String> {
     finish(manager, &id)
 }
 
+/// All events from now on.
+pub fn events(manager: &Manager) -> Receiver<Event> {
+    let (sender, events) = channel();
+    manager.subscribe(move |event| {
+        // The test may have heard enough.
+        let _ = sender.send(event.clone());
+    });
+    events
+}
+
 /// Waits for a job, and dismisses it if it does not do so itself, as one does that an earlier run has left; its error if it
 /// has one.
 pub fn finish(manager: &Manager, id: &str) -> Result<(), String> {
-    let (events, deadline) = (manager.subscribe(), Instant::now() + Duration::from_secs(60));
+    let (events, deadline) = (events(manager), Instant::now() + Duration::from_secs(60));
     let mut ended = Ok(());
     while let Some(job) = manager.jobs().into_iter().find(|job| job.id == id) {
         if job.status == JobStatus::Concluded {

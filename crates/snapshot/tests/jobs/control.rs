@@ -11,7 +11,7 @@ use super::{begin_delete, chain_of, content, kept, nodes, wait_for};
 #[test]
 fn a_job_can_be_paused_slowed_resumed_and_told_of() {
     let (_bench, manager) = chain_of(3);
-    let events = manager.subscribe();
+    let events = crate::bench::events(&manager);
     // Slow enough not to end before it is told to.
     let id = begin_delete(&manager, "s1", 4096);
     wait_for(&manager, &id, JobStatus::Running);
@@ -111,7 +111,7 @@ fn begin_commit(manager: &Manager, options: JobOptions) -> String {
 #[test]
 fn a_commit_of_the_active_layer_is_ready_until_a_client_completes_it() {
     let (_bench, manager) = on_an_overlay();
-    let (before, events) = (content(&manager), manager.subscribe());
+    let (before, events) = (content(&manager), crate::bench::events(&manager));
     let id = begin_commit(&manager, kept());
     wait_for(&manager, &id, JobStatus::Ready);
     assert!(manager.block_jobs()[0].ready);
@@ -142,7 +142,7 @@ fn a_commit_that_is_ready_is_so_again_after_a_restart_and_can_be_called_off() {
     // Others' cuts do not wait for whoever is to complete it.
     snapshot(&manager, "meanwhile");
     stamp(&manager, "vda", 4096, 8);
-    let events = manager.subscribe();
+    let events = crate::bench::events(&manager);
     manager.ask_job(&id, JobVerb::Cancel).unwrap();
     finish(&manager, &id).unwrap();
     assert!(events.try_iter().any(|event| matches!(event, Event::JobCancelled { .. })));
@@ -153,7 +153,7 @@ fn a_commit_that_is_ready_is_so_again_after_a_restart_and_can_be_called_off() {
 #[test]
 fn a_job_that_is_finalized_by_hand_holds_nobody_up() {
     let (bench, manager) = on_an_overlay();
-    let (before, events) = (content(&manager), manager.subscribe());
+    let (before, events) = (content(&manager), crate::bench::events(&manager));
     let id = begin_commit(&manager, JobOptions { auto_finalize: false, ..kept() });
     wait_for(&manager, &id, JobStatus::Ready);
     manager.ask_job(&id, JobVerb::Complete).unwrap();

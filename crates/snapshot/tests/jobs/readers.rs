@@ -98,7 +98,7 @@ fn a_disk_with_too_many_overlays_loses_its_oldest_snapshots() {
     let mut bench = Bench::new(&["vda"]);
     bench.disks[0].max_overlays = Some(3);
     let manager = bench.open();
-    let events = manager.subscribe();
+    let events = bench::events(&manager);
     for turn in 0..7 {
         stamp(&manager, "vda", turn * 4096, turn as u8 + 1);
         snapshot(&manager, &format!("s{turn}"));
