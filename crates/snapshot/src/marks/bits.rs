@@ -105,7 +105,7 @@ pub(crate) fn read(path: &Path) -> Result<DirtyBitmap> {
     let mut crc = crc32fast::Hasher::new();
     crc.update(&header);
     let mut at = 0;
-    let mut buffer = vec![0; CHUNK];
+    let mut buffer = vec![0; CHUNK.min(bits.byte_len() as usize)];
     while at < bits.byte_len() {
         let part = (bits.byte_len() - at).min(CHUNK as u64);
         buffer.truncate(part as usize);
