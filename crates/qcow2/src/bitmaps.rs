@@ -101,7 +101,10 @@ impl Bitmaps {
 
     /// Says on stable storage that the bitmaps which follow writes are not true any more: before the first write.
     pub(crate) fn begin(&self, storage: &dyn Storage) -> Result<()> {
-        self.state().set_in_use(storage, |entry| entry.is_auto())
+        match self.state().set_in_use(storage, |entry| entry.is_auto())? {
+            true => storage.sync().context(|| "mark the dirty bitmaps as in use"),
+            false => Ok(()),
+        }
     }
 
     /// `range` of the disk is about to be written.
@@ -109,8 +112,9 @@ impl Bitmaps {
         self.tracked.iter().for_each(|bitmap| bitmap.mark(range));
     }
 
-    /// The disk is about to become larger. The header must not say so before this has returned.
-    pub(crate) fn grow(&self, storage: &dyn Storage, capacity: u64) -> Result<()> {
+    /// The disk is about to become larger. Tells whether something was written, and then the header must not say so before
+    /// that is synced.
+    pub(crate) fn grow(&self, storage: &dyn Storage, capacity: u64) -> Result<bool> {
         for bitmap in &self.tracked {
             bitmap.grow(capacity)?;
         }
@@ -138,19 +142,19 @@ impl Bitmaps {
 }
 
 impl State {
-    /// Marks those that `which` chooses and that are not yet marked, and syncs.
+    /// Marks those that `which` chooses and that are not yet marked; whether there were any. The caller syncs.
     fn set_in_use(
         &mut self,
         storage: &dyn Storage,
         which: impl Fn(&directory::BitmapEntry) -> bool,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let mut written = false;
         for entry in self.directory.entries.iter_mut().filter(|entry| !entry.is_in_use() && which(entry)) {
             let flags = entry.flags | IN_USE;
             storage.write_at(&flags.to_be_bytes(), entry.position + FLAGS_AT)?;
             (entry.flags, written) = (flags, true);
         }
-        if written { storage.sync().context(|| "mark the dirty bitmaps as in use") } else { Ok(()) }
+        Ok(written)
     }
 }
 

@@ -33,15 +33,13 @@ impl Image {
     /// it was opened with.
     pub fn set_backing(&self, backing: Option<(&str, &str)>) -> Result<()> {
         let writer = self.0.writer()?;
-        writer.with_work(|_| {
-            let set = header_update::set_backing(&*self.0.storage, backing);
-            set.inspect_err(|error| writer.latch_if(error.kind() == ErrorKind::Io))
-        })
+        writer.with_work(|_| header_update::write_backing(&*self.0.storage, backing, || self.0.sync(writer)))
     }
 }
 
 impl Writer {
-    /// Does something while no flush is under way: waits for it.
+    /// Does something while no flush is under way: waits for it. No other sync is, then: of two at once either might be told
+    /// of a failure.
     pub(crate) fn with_work<R>(&self, run: impl FnOnce(&mut Work) -> R) -> R {
         let mut work = blocking(|waker| self.flushes().borrow(waker));
         let result = run(&mut work);
@@ -74,8 +72,10 @@ impl Inner {
         }
         writer.with_work(|work| self.make_room(writer, work, new))?;
         if let Some(bitmaps) = &writer.bitmaps {
-            let grown = bitmaps.grow(&*self.storage, capacity);
-            grown.inspect_err(|error| writer.latch_if(error.kind() == ErrorKind::Io))?;
+            writer.with_work(|_| match bitmaps.grow(&*self.storage, capacity)? {
+                true => self.sync(writer),
+                false => Ok(()),
+            })?;
         }
         self.hide_below(writer, old, capacity)?;
         writer.with_work(|work| {

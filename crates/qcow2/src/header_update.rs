@@ -60,6 +60,15 @@ pub(crate) fn write_autoclear(storage: &dyn Storage, bits: u64) -> Result<()> {
 /// Errors: as [`Header::read`]; [`ErrorKind::InvalidInput`] for a name that no header can have;
 /// [`ErrorKind::Unsupported`] if extensions that Frazil does not know leave no room for it.
 pub fn set_backing(storage: &dyn Storage, backing: Option<(&str, &str)>) -> Result<()> {
+    write_backing(storage, backing, || storage.sync())
+}
+
+/// The same, with the caller's way to sync.
+pub(crate) fn write_backing(
+    storage: &dyn Storage,
+    backing: Option<(&str, &str)>,
+    sync: impl Fn() -> Result<()>,
+) -> Result<()> {
     let header = Header::read(storage)?;
     header.check_intact()?;
     if let Some((name, format)) = backing {
@@ -80,10 +89,10 @@ pub fn set_backing(storage: &dyn Storage, backing: Option<(&str, &str)>) -> Resu
         if let Some(range) = changed(&old[behind.clone()], &new[behind]) {
             let range = range.start + SECTOR as usize..range.end + SECTOR as usize;
             storage.write_at(&new[range.clone()], range.start as u64)?;
-            storage.sync()?;
+            sync()?;
         }
         storage.write_at(&new[..SECTOR as usize], 0)?;
-        storage.sync()
+        sync()
     };
     write().context(|| "write the backing file's name")
 }

@@ -8,12 +8,13 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use block::testing::{MemStorage, Random};
-use block::{ByteRange, Disk, ErrorKind, blocking, write_disk};
+use block::{ByteRange, Disk, Error, ErrorKind, Storage, blocking, write_disk};
 use qcow2::{Image, Journal, Mode, Parts, Report};
-use support::{assert_same, contents, memory};
+use support::{Hook, Hooked, assert_same, contents, memory};
 
 const CAPACITY: u64 = 4 << 20;
 /// Bytes of a granule of the bitmap that follows writes.
@@ -212,7 +213,7 @@ fn bitmaps_grow_with_the_disk() {
 fn without_room_to_save_them_bitmaps_stay_in_use_and_can_be_saved_later() {
     let mut world = World::new("cluster_size=512");
     let storage = memory();
-    block::Storage::write_at(&*storage, &world.bytes, 0).unwrap();
+    storage.write_at(&world.bytes, 0).unwrap();
     let journal = Journal::open(memory(), memory(), "boot").unwrap();
     let image = Image::open(Parts::new(storage.clone(), None), Mode::Writable(journal)).unwrap();
     let mut expected = world.dirty("follows", GRANULE);
@@ -225,7 +226,7 @@ fn without_room_to_save_them_bitmaps_stay_in_use_and_can_be_saved_later() {
     expected.extend(granules(199 << 20, 512));
     image.seal();
     image.flush().run().unwrap();
-    storage.limit_len(block::Storage::len(&*storage).unwrap());
+    storage.limit_len(storage.len().unwrap());
     assert_eq!(image.close().unwrap_err().kind(), ErrorKind::NoSpace);
     world.bytes = storage.bytes();
     assert!(world.is_in_use("follows"));
@@ -234,4 +235,49 @@ fn without_room_to_save_them_bitmaps_stay_in_use_and_can_be_saved_later() {
     world.bytes = storage.bytes();
     assert_eq!(world.dirty("follows", GRANULE), expected);
     world.check();
+}
+
+/// A file in memory of which one sync fails, for want of room: the `n`th from when it is told so.
+#[derive(Debug, Default)]
+struct FailingSync {
+    inner: MemStorage,
+    left: AtomicI64,
+}
+
+impl Hooked for FailingSync {
+    fn inner(&self) -> &dyn Storage {
+        &self.inner
+    }
+
+    fn sync(&self) -> block::Result<()> {
+        match self.left.fetch_sub(1, Ordering::SeqCst) {
+            1 => Err(Error::new(ErrorKind::NoSpace, "injected: no space left")),
+            _ => self.inner.sync(),
+        }
+    }
+}
+
+/// The kernel says once that it lost what a guest wrote, and a thin volume says so as want of room: the one who was told took it
+/// for something that may be tried again, and the guest's next flush was acknowledged.
+#[test]
+fn a_sync_that_fails_is_final_whoever_asked_for_it() {
+    let world = World::new("cluster_size=512");
+    let works: [fn(&Image) -> block::Result<()>; 2] =
+        [|image| image.grow(50 * CAPACITY), |image| image.set_backing(Some(("beneath", "raw")))];
+    for work in works {
+        for failing in 1.. {
+            let storage = Arc::new(Hook::<FailingSync>::default());
+            storage.0.inner.write_at(&world.bytes, 0).unwrap();
+            let journal = Journal::open(memory(), memory(), "boot").unwrap();
+            let image = Image::open(Parts::new(storage.clone(), None), Mode::Writable(journal)).unwrap();
+            write_disk(&image, 0, &[7; 512]).unwrap();
+            storage.0.left.store(failing, Ordering::SeqCst);
+            if work(&image).is_ok() {
+                assert!(failing > 1, "nothing was synced");
+                break;
+            }
+            assert!(image.has_failed(), "sync {failing}");
+            assert_eq!(image.flush().run().unwrap_err().kind(), ErrorKind::Latched, "sync {failing}");
+        }
+    }
 }
