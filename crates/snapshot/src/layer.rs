@@ -171,6 +171,8 @@ impl Layer {
     ) -> Result<Self> {
         let open_how = hostio::Open { writable: access.is_writing(), cache: how.cache };
         let file = Arc::new(HostFile::open(&entry.path, open_how)?);
+        // Before its header is believed.
+        let failure = failure::find(id, entry, &file, &access)?;
         let (beneath, data_file) = match (beneath, entry.format) {
             (Beneath::Layers(stack), _) => (stack, None),
             (Beneath::Named(_), ImageFormat::Raw) => {
@@ -185,8 +187,10 @@ impl Layer {
             Access::Read => FROZEN_TABLE_BYTES,
             _ => how.table_bytes(),
         };
+        if let (Some(_), Some(data)) = (&failure, &data_file) {
+            data.forget_cached()?;
+        }
         let files = Files { image: file, data: data_file };
-        let failure = failure::find(id, entry, &files, &access)?;
         let open = Open::new(id, entry, files, Arc::clone(&beneath), table_bytes, access)?;
         if let Some(note) = failure {
             note.remove()?;

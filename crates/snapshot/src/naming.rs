@@ -36,7 +36,9 @@ impl Naming {
     pub(crate) fn write(&self, names: Option<(&str, &str)>) -> Result<()> {
         let written = match (&self.turn, self.layer.image()) {
             (Some(turn), _) => qcow2::set_backing(turn.file(), names),
-            (None, Some(image)) if !image.read_only() => image.set_backing(names),
+            (None, Some(image)) if !image.read_only() => {
+                image.set_backing(names).inspect_err(|_| self.layer.note_failure())
+            }
             // The job's own target, which nobody writes to any more.
             (None, _) => qcow2::set_backing(&*self.layer.storage(), names),
         };

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed step of a test ends it")]
 
 use std::fs::File;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use block::{ErrorKind, WriteErrors, read_disk, write_disk};
@@ -13,6 +14,7 @@ use super::*;
 use crate::backing::AllowedFolders;
 use crate::manager::{DiskConfig, FreezeDefaults, Manager};
 use crate::model::{CreateRequest, FreezePolicy, ImageFormat};
+use crate::naming::Naming;
 
 const SIZE: u64 = 8 << 20;
 
@@ -148,4 +150,18 @@ fn jobs_that_nobody_dismisses_keep_out_those_of_clients_and_no_automatic_ones() 
     assert!(enter(256).is_err());
     drop(seats);
     enter(256).unwrap();
+}
+
+/// Between a job's change of a header and the next flush the daemon was killed, and the next one took what the sync had lost
+/// for safe.
+#[test]
+fn a_header_that_could_not_be_synced_is_known_to_the_next_process() {
+    let bench = Bench::new();
+    let manager = bench.open();
+    ["one", "two"].iter().for_each(|name| snapshot(&manager, name));
+    let target = manager.chain("vda").unwrap().layers()[1].clone();
+    let note = manager.store.journals().failure_note("vda", target.entry.number);
+    target.begin_writing_in_vain("vda", manager.store.journals());
+    assert!(Naming::of_own(Arc::clone(&target)).write(Some(("base.raw", "raw"))).is_err());
+    assert!(target.has_failed() && note.is_there().unwrap());
 }

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use block::Result;
+use hostio::HostFile;
 use tracing::{error, info};
 
 use super::{Access, Content, Files, Layer};
@@ -40,19 +41,14 @@ impl Files {
     pub(super) fn sync_has_failed(&self) -> bool {
         self.image.sync_has_failed() || self.data.as_ref().is_some_and(|data| data.sync_has_failed())
     }
-
-    fn forget_cached(&self) -> Result<()> {
-        self.data.as_ref().map_or(Ok(()), |data| data.forget_cached())?;
-        self.image.forget_cached()
-    }
 }
 
-/// Where the process before this one could not sync an image, what is left is what the disk has, as after a loss of power. The
-/// note of it, to be taken away once the image is open.
+/// Where the process before this one could not sync an image, what is left is what the disk has, as after a loss of power; the
+/// caller has a data file of its forgotten too. The note of it, to be taken away once the image is open.
 pub(super) fn find(
     id: &str,
     entry: &LayerEntry,
-    files: &Files,
+    image: &HostFile,
     access: &Access<'_>,
 ) -> Result<Option<FailureNote>> {
     let Some(journals) = access.journals() else { return Ok(None) };
@@ -61,7 +57,7 @@ pub(super) fn find(
         return Ok(None);
     }
     info!(image = %entry.path.display(), "a sync of it had failed: it is taken as it is on the disk");
-    files.forget_cached()?;
+    image.forget_cached()?;
     // It may name what is lost.
     journals.void(id, entry.number)?;
     Ok(Some(note))
