@@ -42,7 +42,7 @@ pub(crate) fn job(command: Job) -> Result<(), Failure> {
         }
         Job::Wait { id, daemon } => {
             let mut via = Via::Control(Connection::open(&daemon)?);
-            if !via.jobs(&mut |_, _| {})?.iter().any(|job| job.id == id) {
+            if !via.jobs()?.iter().any(|job| job.id == id) {
                 let failure =
                     Failure::new(Exit::Failed, format!("wait for job {id}"), "there is no such job");
                 return Err(failure.hint("`frazil job list` shows those there are"));
@@ -80,14 +80,9 @@ fn wait(via: &mut Via, id: &str, is_own: bool) -> Result<(), Failure> {
     let bar = Progress::new(id);
     let mut ended = None;
     loop {
-        let jobs = via.jobs(&mut |event, data| match event {
-            "BLOCK_JOB_COMPLETED" if data["device"] == id => {
-                ended = Some(data["error"].as_str().map_or(Ok(()), |error| Err(error.to_owned())));
-            }
-            "BLOCK_JOB_CANCELLED" if data["device"] == id => ended = Some(Err("it was cancelled".to_owned())),
-            _ => {}
-        })?;
-        match jobs.into_iter().find(|job| job.id == id) {
+        let job = via.jobs()?.into_iter().find(|job| job.id == id);
+        ended = via.take_end(id).or(ended);
+        match job {
             Some(job) if job.status == JobStatus::Concluded => {
                 ended = Some(job.error.map_or(Ok(()), Err));
                 // It may be about to go by itself.
@@ -106,4 +101,61 @@ fn wait(via: &mut Via, id: &str, is_own: bool) -> Result<(), Failure> {
 /// An answer to `query-jobs`.
 pub(super) fn decode_list(value: &serde_json::Value) -> Result<Vec<JobInfo>, Failure> {
     decode("list the jobs", value)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufReader, Write};
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use serde_json::{Deserializer, Value};
+    use snapshot::DeleteRequest;
+
+    use super::*;
+    use crate::cli::Daemon;
+
+    /// A daemon for one client, whose jobs are over before it says that they have begun: with this event.
+    fn serve(listener: &UnixListener, event: &Value) {
+        let (mut stream, _) = listener.accept().unwrap();
+        writeln!(stream, "{}", json!({ "QMP": {} })).unwrap();
+        let commands = BufReader::new(stream.try_clone().unwrap());
+        for command in Deserializer::from_reader(commands).into_iter::<Value>() {
+            let answer = match command.unwrap()["execute"].as_str().unwrap() {
+                "snapshot-delete" => {
+                    writeln!(stream, "{event}").unwrap();
+                    json!({ "job-id": "quick" })
+                }
+                "query-jobs" => json!([]),
+                _ => json!({}),
+            };
+            writeln!(stream, "{}", json!({ "return": answer })).unwrap();
+        }
+    }
+
+    /// The event was thrown away with all that came before the answer to the command, and ten seconds later the job was told to
+    /// have failed.
+    #[test]
+    fn a_job_that_ends_before_its_command_is_answered_is_heard_of() {
+        let data = json!({ "device": "quick" });
+        let failed = json!({ "device": "quick", "error": "no room" });
+        for (event, data, story) in [
+            ("BLOCK_JOB_COMPLETED", &data, None),
+            ("BLOCK_JOB_COMPLETED", &failed, Some("no room")),
+            ("BLOCK_JOB_CANCELLED", &data, Some("it was cancelled")),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let socket = folder.path().join("control");
+            let listener = UnixListener::bind(&socket).unwrap();
+            let event = json!({ "event": event, "data": data });
+            let daemon = thread::spawn(move || serve(&listener, &event));
+            let mut via = Via::Control(Connection::open(&Daemon { control: Some(socket) }).unwrap());
+            let options = JobOptions::default();
+            let id = via.delete(DeleteRequest { name: "one".to_owned(), options }).unwrap();
+            let failure = wait(&mut via, &id, true).err().map(|failure| failure.to_string());
+            assert_eq!(failure, story.map(|story| format!("frazil: run job quick: {story}")));
+            drop(via);
+            daemon.join().unwrap();
+        }
+    }
 }

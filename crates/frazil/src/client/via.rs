@@ -1,5 +1,6 @@
 //! Who is asked: a running daemon by its socket, or a state directory whose daemon does not run.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -25,14 +26,19 @@ use crate::serve;
 pub(super) struct Connection {
     client: Client,
     socket: PathBuf,
+    /// How jobs ended, by their ids: such an event may come before the answer to the command that began the job.
+    ended: BTreeMap<String, Ended>,
 }
+
+/// How a job ended; why it did not succeed.
+pub(super) type Ended = Result<(), String>;
 
 impl Connection {
     /// Connects to the socket that was given, or to the one where a daemon usually is.
     pub(super) fn open(daemon: &Daemon) -> Result<Self, Failure> {
         let socket = daemon.control.clone().unwrap_or_else(usual_socket);
         match Client::connect(&socket) {
-            Ok(client) => Ok(Self { client, socket }),
+            Ok(client) => Ok(Self { client, socket, ended: BTreeMap::new() }),
             Err(error) => {
                 let hint = match &error {
                     ClientError::Io(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -60,6 +66,13 @@ impl Connection {
         arguments: Value,
         on_event: &mut dyn FnMut(&str, &Value),
     ) -> Result<Value, Failure> {
+        let ended = &mut self.ended;
+        let on_event = |name: &str, data: &Value| {
+            if let (Some(id), Some(end)) = (data["device"].as_str(), end_of_job(name, data)) {
+                ended.insert(id.to_owned(), end);
+            }
+            on_event(name, data);
+        };
         self.client.execute(command, arguments, on_event).map_err(|error| match error {
             ClientError::Command { class, desc } => {
                 // QEMU has no class of its own for nodes that are not there.
@@ -76,6 +89,15 @@ impl Connection {
                 self.socket.display()
             )),
         })
+    }
+}
+
+/// What an event says of how a job ended, if it does.
+fn end_of_job(event: &str, data: &Value) -> Option<Ended> {
+    match event {
+        "BLOCK_JOB_COMPLETED" => Some(data["error"].as_str().map_or(Ok(()), |error| Err(error.to_owned()))),
+        "BLOCK_JOB_CANCELLED" => Some(Err("it was cancelled".to_owned())),
+        _ => None,
     }
 }
 
@@ -193,14 +215,21 @@ impl Via {
         }
     }
 
-    /// The jobs; `on_event` is given what a daemon has told since the last command.
-    pub(super) fn jobs(&mut self, on_event: &mut dyn FnMut(&str, &Value)) -> Result<Vec<JobInfo>, Failure> {
+    /// The jobs.
+    pub(super) fn jobs(&mut self) -> Result<Vec<JobInfo>, Failure> {
         match self {
             Self::Control(connection) => {
-                let what = "list the jobs";
-                jobs::decode_list(&connection.ask_watching(what, "query-jobs", json!({}), on_event)?)
+                jobs::decode_list(&connection.ask("list the jobs", "query-jobs", json!({}))?)
             }
             Self::State(service) => Ok(service.jobs()),
+        }
+    }
+
+    /// How this job ended, if a daemon has told since this was last asked.
+    pub(super) fn take_end(&mut self, id: &str) -> Option<Ended> {
+        match self {
+            Self::Control(connection) => connection.ended.remove(id),
+            Self::State(_) => None,
         }
     }
 
