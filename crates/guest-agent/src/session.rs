@@ -181,7 +181,7 @@ impl Session {
         loop {
             let refusal = match self.call::<_, i64>(&qga::guest_fsfreeze_thaw {}, deadline) {
                 Ok(thawed) => {
-                    count += self.count("guest-fsfreeze-thaw", thawed)?;
+                    count = self.count("guest-fsfreeze-thaw", thawed)?.saturating_add(count);
                     None
                 }
                 Err(error @ AgentError::Refused { .. }) => Some(error),

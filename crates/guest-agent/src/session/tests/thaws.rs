@@ -106,6 +106,20 @@ fn a_guest_that_stays_frozen_is_an_error_by_the_deadline() {
     assert!(fake.join().len() > 4, "it must have tried more than once");
 }
 
+/// Added up, they are more than a number holds.
+#[test]
+fn a_guest_that_thaws_more_than_there_can_be_is_an_error_by_the_deadline() {
+    let fake = Fake::new(vec![script(|peer| {
+        peer.serve(|command, _| {
+            ok(if command == "guest-fsfreeze-thaw" { json!(i64::MAX) } else { json!("frozen") })
+        });
+    })]);
+    let mut session = connect(&fake);
+    assert!(matches!(session.thaw(within(400)), Err(AgentError::Timeout { .. })));
+    drop(session);
+    assert!(fake.join().len() > 6, "it must have tried more than twice");
+}
+
 #[test]
 fn a_windows_guest_that_thawed_itself_is_confirmed_with_its_complaint() {
     let words = "couldn't hold writes: fsfreeze is limited up to 10 seconds: ";
