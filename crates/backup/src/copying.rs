@@ -39,6 +39,11 @@ impl Copying {
         Ok(Self { copy, target, policies })
     }
 
+    /// Where it writes, for people.
+    pub(crate) fn target(&self) -> String {
+        self.target.told()
+    }
+
     /// Copies all, and brings it onto stable storage. `pause` is asked between two pieces, and its error ends it.
     pub(crate) fn run(
         &mut self,

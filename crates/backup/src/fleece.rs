@@ -28,6 +28,10 @@ pub(crate) struct Fleece {
 }
 
 impl Labor for Fleece {
+    fn makes(&self) -> String {
+        format!("backup of disk {} to {}", self.pin.id(), self.target.told())
+    }
+
     fn run(self: Box<Self>, job: &Job) -> Result<(), Halt> {
         // As in QEMU, any of it might be overwritten.
         job.set_total(self.pin.disk().capacity());

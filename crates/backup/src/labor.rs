@@ -32,6 +32,10 @@ pub(crate) struct Backup {
 }
 
 impl Labor for Backup {
+    fn makes(&self) -> String {
+        format!("backup of disk {} to {}", self.pin.id(), self.copying.target())
+    }
+
     fn run(mut self: Box<Self>, job: &Job) -> Result<(), Halt> {
         job.set_total(self.copying.copy.total());
         let worked = self.work(job);
@@ -57,6 +61,10 @@ impl Labor for Backup {
 
 /// An image that is made: QEMU counts it as one.
 impl Labor for Creation {
+    fn makes(&self) -> String {
+        format!("image in {}", self.path().display())
+    }
+
     fn run(self: Box<Self>, job: &Job) -> Result<(), Halt> {
         job.set_total(1);
         Creation::run(&self)?;

@@ -7,6 +7,7 @@
 //! STATE/journal/         what active qcow2 layers have acknowledged but not flushed
 //! STATE/layers/          overlays of disks whose base is not a regular file
 //! STATE/marks/           what changed, of layers that were merged, and of dirty bitmaps
+//! STATE/jobs/            notes of backups under way
 //! ```
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use block::{Context, Error, ErrorKind, Result};
 use hostio::{Cache, HostFile};
 use qcow2::CreateOptions;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::backing::AllowedFolders;
 use crate::journals::JournalFolder;
@@ -25,6 +26,9 @@ use crate::layer::{Access, Beneath, Layer, Opening};
 use crate::manifest::{DiskEntry, LayerEntry, Manifest, Unsealed, Unused};
 use crate::marks::{BitsFiles, PinEntry};
 use crate::model::{ImageFormat, SnapshotDisk, SnapshotRecord};
+
+/// Where notes are of jobs that end with the daemon.
+pub(crate) const NOTES: &str = "jobs";
 
 /// How many numbers are tried for an overlay whose file name is taken by the rest of a crashed attempt.
 const MAX_LEFTOVERS: u32 = 1000;
@@ -46,7 +50,7 @@ pub(crate) struct Store {
 impl Store {
     /// Opens the directory, making it if need be (mode 0700), for this process alone.
     pub(crate) fn open(folder: &Path, folders: AllowedFolders) -> Result<Self> {
-        let folders_of_it = ["journal", "layers", "marks"].map(|name| folder.join(name));
+        let folders_of_it = ["journal", "layers", "marks", NOTES].map(|name| folder.join(name));
         for path in [folder.to_owned()].into_iter().chain(folders_of_it) {
             let made = DirBuilder::new().recursive(true).mode(0o700).create(&path);
             made.context(|| format!("make the folder {}", path.display()))?;
@@ -90,6 +94,8 @@ impl Store {
                 );
                 settled.forget(name);
                 is_unsynced = true;
+            } else {
+                info!(snapshot = name, "the daemon ended before this snapshot was synced: it stands");
             }
         }
         // They live as long as the daemon did. The files of their bits go with the next change of marks.

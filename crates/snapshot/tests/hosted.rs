@@ -20,6 +20,10 @@ struct Errand {
 }
 
 impl Labor for Errand {
+    fn makes(&self) -> String {
+        "nothing".to_owned()
+    }
+
     fn run(self: Box<Self>, job: &Job) -> Result<(), Halt> {
         job.set_total(10);
         let worked = loop {
@@ -117,6 +121,10 @@ fn a_hosted_job_that_fails_or_is_called_off_says_so() {
 struct Hampered;
 
 impl Labor for Hampered {
+    fn makes(&self) -> String {
+        "nothing".to_owned()
+    }
+
     fn run(self: Box<Self>, job: &Job) -> Result<(), Halt> {
         while job.pause_point(Duration::from_secs(3600)).is_ok() {}
         Err(Error::new(ErrorKind::NoSpace, "no room").into())
@@ -201,6 +209,10 @@ struct Slow {
 }
 
 impl Labor for Slow {
+    fn makes(&self) -> String {
+        "nothing".to_owned()
+    }
+
     fn run(self: Box<Self>, job: &Job) -> Result<(), Halt> {
         let ended = job.finalize_point();
         let _ = self.ended.send(());

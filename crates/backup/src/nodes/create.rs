@@ -100,6 +100,14 @@ impl FileTarget {
 }
 
 impl Creation {
+    /// The file that it is in.
+    pub(crate) fn path(&self) -> PathBuf {
+        match &self.kind {
+            Kind::File { path, .. } => path.clone(),
+            Kind::Qcow2 { file, .. } => file.place().0,
+        }
+    }
+
     /// Makes it; what was in the file is gone.
     pub(crate) fn run(&self) -> Result<()> {
         match &self.kind {

@@ -52,6 +52,11 @@ impl Writing {
         Ok(Self { node, disk, qcow2 })
     }
 
+    /// Where it writes, for people.
+    pub(crate) fn told(&self) -> String {
+        format!("node '{}' in {}", self.node.name, self.node.place().0.display())
+    }
+
     pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
         &self.disk
     }

@@ -142,6 +142,10 @@ fn what_was_left_out_stays_dirty() {
 struct Defective;
 
 impl Labor for Defective {
+    fn makes(&self) -> String {
+        "nothing".to_owned()
+    }
+
     fn run(self: Box<Self>, _job: &Job) -> Result<(), Halt> {
         panic!("as asked")
     }

@@ -1,22 +1,29 @@
 //! Jobs whose work is another's business: a backup, the making of an image.
 //!
 //! They are on the same list, are steered by the same commands and end with the same events as the jobs that merge layers.
-//! The manifest knows nothing of them: as in QEMU, they end with the daemon.
+//! The manifest knows nothing of them: as in QEMU, they end with the daemon. If that is killed, a note of each has the next one say
+//! so ([`notes`](super::notes)).
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use block::{Context, Error, ErrorKind, Result};
+use tracing::warn;
 
 use super::group::JobGroup;
 use super::job::{Halt, Identity, Job};
 use super::model::{ClientId, JobStatus, JobType};
+use super::notes::Note;
 use super::runner::{Entry, Inner};
 use crate::manager::Manager;
+use crate::store::NOTES;
 
 /// The work of a hosted job.
 pub trait Labor: Send {
+    /// What it makes, and from what, for people.
+    fn makes(&self) -> String;
+
     /// All of it, on the job's own thread. It asks [`Job::pause_point`] between two pieces, and [`Job::finalize_point`] before
     /// what can not be undone; on an error it has put away what it began.
     fn run(self: Box<Self>, job: &Job) -> std::result::Result<(), Halt>;
@@ -79,6 +86,10 @@ impl Seat {
     pub fn start(mut self, labor: Box<dyn Labor>) -> Result<()> {
         let Some(entry) = self.entry.clone() else { return Ok(()) };
         let (inner, own) = (Arc::clone(&self.inner), entry.clone());
+        let folder = self.inner.world.store.file(NOTES);
+        // Without room for it the job is done all the same.
+        let note = Note::leave(&folder, own.job.id(), &labor.makes());
+        let note = note.inspect_err(|error| warn!(%error, "a kill during this job would not be told of"));
         let thread = std::thread::Builder::new().name("job".to_owned());
         // Held until the thread is on the list: who ends the daemon waits for it, or it does not begin.
         let mut list = self.inner.list();
@@ -89,6 +100,7 @@ impl Seat {
                 entry.job.go(JobStatus::Aborting)?;
                 Err(halt)
             });
+            drop(note);
             inner.finish(&entry, worked);
         });
         let thread = spawned.context(|| format!("start job '{}'", own.job.id()))?;

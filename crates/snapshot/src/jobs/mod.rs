@@ -28,6 +28,7 @@ mod hosted;
 mod job;
 mod machine;
 mod model;
+mod notes;
 mod pace;
 mod plan;
 mod record;
@@ -46,6 +47,7 @@ pub use model::{
     BlockJobInfo, ClientId, CommitRequest, DeleteRequest, JobEnd, JobInfo, JobOptions, JobStatus, JobType,
     StreamRequest,
 };
+pub(crate) use notes::tell as tell_cut_short;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use plan::{plan, replan, tidy};
 pub(crate) use record::JobRecord;

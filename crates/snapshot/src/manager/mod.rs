@@ -24,11 +24,11 @@ use crate::debts::DebtFile;
 use crate::events::Bus;
 use crate::group::Served;
 use crate::housekeeping::{Duties, Housekeeping, growth_folders};
-use crate::jobs::{Jobs, Readers, World};
+use crate::jobs::{Jobs, Readers, World, tell_cut_short};
 use crate::layer::{LET_GO, LOOK_AGAIN, Layer, Opening};
 use crate::marks::Marks;
 use crate::model::{DiskStatus, Event, FreezeOwner, FreezePolicy, ImageFormat};
-use crate::store::Store;
+use crate::store::{NOTES, Store};
 
 pub use change::MAX_LEASE;
 pub(crate) use change::Prepared;
@@ -139,6 +139,9 @@ impl Manager {
             bus: Arc::clone(&manager.bus),
             jobs: Arc::clone(&manager.jobs),
         };
+        if let Err(error) = tell_cut_short(&manager.store.file(NOTES)) {
+            warn!(%error, "what an earlier run has not ended is not known");
+        }
         manager.jobs.resume();
         manager.housekeeping = Some(Housekeeping::start(duties)?);
         Ok(manager)
