@@ -34,6 +34,7 @@ mod overload;
 mod prefix;
 mod recipe;
 mod renamed;
+mod rogue;
 mod said;
 mod scraped;
 mod served;

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use frazil_tests::{Driver, FrontEnd, Request, open_files, threads};
+use frazil_tests::{Driver, FrontEnd, ProcessTime, Request, open_files, threads};
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, fcntl_setfl, memfd_create};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
@@ -47,8 +47,21 @@ fn words<const N: usize>(words: [u32; N]) -> Vec<u8> {
     words.map(u32::to_ne_bytes).concat()
 }
 
-/// What is the same before and after, once sessions have let go.
-pub(super) struct Before(usize, usize);
+/// More memory than this is not taken by chance: threads that come and go have some each.
+const SOME: u64 = 32 << 20;
+
+/// Bytes of memory of this process, and how many pieces of others' files are in its addresses.
+fn memory_in_use() -> (u64, usize) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    (kilobytes << 10, maps.lines().filter(|line| line.contains("/memfd:")).count())
+}
+
+/// What is the same before and after, once sessions have let go: descriptors, threads, and what is mapped of front-ends'
+/// memory. Nothing is busy then.
+pub(super) struct Before(usize, usize, (u64, usize));
 
 impl Before {
     pub(super) fn new(served: &Served) -> Self {
@@ -56,11 +69,18 @@ impl Before {
         Wire::negotiated(&served.socket);
         served.wait_sessions(1);
         std::thread::sleep(Duration::from_millis(100));
-        Self(open_files(), threads())
+        Self(open_files(), threads(), memory_in_use())
     }
 
     pub(super) fn check(&self, served: &Served) {
         wait_until("files to be closed and threads to end", || open_files() <= self.0 && threads() <= self.1);
+        wait_until("memory to be let go", || memory_in_use().1 <= self.2.1);
+        let (before, now) = (self.2.0, memory_in_use().0);
+        assert!(now < before + SOME, "{now} bytes of memory, and before {before}");
+        let begun = ProcessTime::of(std::process::id()).unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        let used = ProcessTime::of(std::process::id()).unwrap().since(begun);
+        assert!(used < Duration::from_millis(50), "{used:?} with nothing to do");
         let mut driver = Driver::connect(&served.socket, 1, 1, 4096).unwrap();
         assert_eq!(driver.queues[0].ask(Request::Read(0)), 0);
     }
