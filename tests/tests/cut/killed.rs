@@ -32,6 +32,9 @@ const KEPT: usize = 8;
 /// The guest is served again within it, on a slow machine too.
 const SOON: Duration = Duration::from_secs(5);
 
+/// And within this, mostly.
+const QUICKLY: Duration = Duration::from_secs(1);
+
 /// The latest moment of a kill, from the first command on.
 const LATEST: Duration = Duration::from_millis(120);
 
@@ -240,6 +243,7 @@ impl Drill {
     fn report(&self) {
         let mut restarts = self.restarts.clone();
         restarts.sort();
+        assert!(restarts[restarts.len() / 2] < QUICKLY, "{restarts:?}");
         let log = std::fs::read_to_string(self.served.path("log")).unwrap();
         let again = log.lines().filter(|line| line.contains("are submitted again"));
         let again: usize =

@@ -87,6 +87,9 @@ fn an_ordinary_user_serves_a_disk_and_takes_and_exports_snapshots() {
     is_private(&place.path("control"), 0o600);
     is_private(&place.path("vda.sock"), 0o600);
     is_private(&place.path("state"), 0o700);
+    // A process that may not be dumped, nor traced by its own user, is root's there: proc(5).
+    let memory = fs::metadata(format!("/proc/{}/mem", daemon.0.id())).unwrap();
+    assert_eq!(memory.uid(), 0, "a core of it would have the guest's memory");
     let mut driver = Driver::connect(&place.path("vda.sock"), 1, 1, 4096).unwrap();
     driver.queues[0].fill(0, &[7; 4096]);
     assert_eq!(driver.queues[0].ask(Request::Write(0)), 0);

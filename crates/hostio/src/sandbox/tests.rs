@@ -98,6 +98,31 @@ fn what_an_older_landlock_leaves_open_is_said() {
     assert!(left_open(NEWEST).is_empty());
 }
 
+/// A kernel that has neither Landlock nor seccomp is played by a filter.
+#[test]
+fn what_the_kernel_lacks_is_said_and_the_rest_is_in_force() {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
+    let Some(folder) = is_child() else {
+        let folder = tempfile::tempdir().unwrap();
+        let output = alone("what_the_kernel_lacks_is_said_and_the_rest_is_in_force", folder.path());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        return;
+    };
+    let lacking = [libc::SYS_landlock_create_ruleset, libc::SYS_seccomp].map(|call| (call, Vec::new()));
+    let refused = SeccompAction::Errno(libc::ENOSYS as u32);
+    let arch = std::env::consts::ARCH.try_into().unwrap();
+    let filter = SeccompFilter::new(lacking.into(), SeccompAction::Allow, refused, arch).unwrap();
+    apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
+    let reach = Reach { own: vec![folder], ..Reach::default() };
+    let confined = confine(&Sandbox { reach: Some(reach), filter: true }).unwrap();
+    assert_eq!((confined.landlock, confined.seccomp), (Held::Unavailable, Held::Unavailable));
+    assert_eq!(confined.complaints[0], "Landlock is not available: the kernel does not have it");
+    assert!(confined.complaints[1].starts_with("seccomp is not available: "), "{confined:?}");
+    assert_eq!(confined.complaints.len(), 2);
+    assert_eq!(rustix::process::dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);
+    assert_eq!(rustix::process::getrlimit(Resource::Core).maximum, Some(0));
+}
+
 #[test]
 fn a_confined_process_that_would_run_a_program_ends() {
     let Some(folder) = is_child() else {
