@@ -46,6 +46,21 @@ impl Place {
         command
     }
 
+    /// What one of these sockets says to a process of that user which asks for metrics.
+    fn heard(&self, socket: &str, user: u32) -> String {
+        const ASK: &str = "import socket, sys\n\
+            s = socket.socket(socket.AF_UNIX)\n\
+            s.connect(sys.argv[1])\n\
+            try:\n s.sendall(b'GET /metrics HTTP/1.1\\r\\n\\r\\n')\n print(s.recv(16))\n\
+            except OSError: pass\n";
+        // Nothing is said to who is turned away, not even an empty answer.
+        let mut ask = Command::new("python3");
+        ask.args(["-c", ASK, socket]).current_dir(self.0.path()).uid(user).gid(user);
+        let output = ask.output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap().replace("b''\n", "")
+    }
+
     fn serve(&self, more: &[&str]) -> Daemon {
         let disk = "id=vda,path=vda.raw,format=raw,socket=vda.sock";
         let words = ["serve", "--state", "state", "--control", "control", "--disk", disk];
@@ -114,9 +129,15 @@ fn an_ordinary_user_serves_a_disk_and_takes_and_exports_snapshots() {
 #[test]
 fn who_is_not_on_the_list_of_users_is_turned_away() {
     let Some(place) = Place::new() else { return };
-    let _daemon = place.serve(&["--user", "0"]);
+    let _daemon = place.serve(&["--user", "0", "--metrics", "unix:metrics"]);
     let mut client = Client::connect(&place.path("control")).unwrap();
     client.execute("query-status", json!({}), |_, _| {}).unwrap();
+    let nbd = json!({ "addr": { "type": "unix", "data": { "path": place.path("nbd") } } });
+    client.execute("nbd-server-start", nbd, |_, _| {}).unwrap();
+    for socket in ["nbd", "metrics", "control"] {
+        assert!(!place.heard(socket, 0).is_empty(), "root is on the list");
+        assert_eq!(place.heard(socket, USER), "", "{socket}");
+    }
     Driver::connect(&place.path("vda.sock"), 1, 1, 4096).unwrap();
     let output = place.as_nobody(&["status", "--control", "control"]).output().unwrap();
     failed(&output, 3);

@@ -87,7 +87,7 @@ fn metrics_tell_what_was_done() {
 
 /// Over TCP, as Prometheus asks; a daemon that was not told to listens nowhere.
 #[test]
-fn metrics_tell_of_freezes_of_a_thaw_that_is_owed_of_jobs_and_of_overlays_that_grow() {
+fn metrics_and_top_tell_of_freezes_of_a_thaw_that_is_owed_of_jobs_and_of_overlays_that_grow() {
     let mut served = Served::start(WANTED);
     let said = |served: &Served| std::fs::read_to_string(served.path("log")).unwrap();
     assert!(!said(&served).contains("metrics"), "they are off if nobody asks");
@@ -133,6 +133,9 @@ fn metrics_tell_of_freezes_of_a_thaw_that_is_owed_of_jobs_and_of_overlays_that_g
         assert!(Instant::now() < deadline, "a freeze that is not answered is a thaw that is owed");
         thread::sleep(Duration::from_millis(10));
     }
+    let top = served.command(&["top", "--once", "--interval", "0.1", "--control", "control"]);
+    let shown = String::from_utf8(top.stdout).unwrap();
+    assert!(shown.contains("THAW OWED") && shown.contains("slow"), "{shown}");
     while value(&scrape(), "frazil_thaw_retries_total") == 0.0 {
         assert!(Instant::now() < deadline + Duration::from_secs(20), "{}", scrape());
         thread::sleep(Duration::from_millis(50));
