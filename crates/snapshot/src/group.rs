@@ -185,3 +185,27 @@ pub(crate) fn seal(store: &Store, chain: &Chain) -> Result<()> {
     chain.sealed(&layer);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn eight_are_waited_for_at_once_and_no_more() {
+        let (here, most, barrier) = (AtomicUsize::new(0), AtomicUsize::new(0), Barrier::new(AT_ONCE));
+        let disks: Vec<usize> = (0..3 * AT_ONCE).collect();
+        let done = at_once(&disks, |disk| {
+            most.fetch_max(here.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            barrier.wait();
+            // One too many would come meanwhile.
+            thread::sleep(Duration::from_millis(20));
+            here.fetch_sub(1, Ordering::SeqCst);
+            *disk
+        });
+        assert_eq!((done, most.into_inner()), (disks, AT_ONCE));
+    }
+}

@@ -1,6 +1,8 @@
 //! The cut: consistent snapshots of a group of disks.
 
 mod backing;
+#[cfg(test)]
+mod bench;
 mod chain;
 mod copy;
 mod cut;

@@ -2,61 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step of a test ends it")]
 
-use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::{ErrorKind, WriteErrors, read_disk, write_disk};
-use hostio::Cache;
-use tempfile::TempDir;
+use block::{ErrorKind, read_disk};
 
 use super::*;
-use crate::backing::AllowedFolders;
-use crate::manager::{DiskConfig, FreezeDefaults, Manager};
-use crate::model::{CreateRequest, FreezePolicy, ImageFormat};
+use crate::bench::{Bench, SIZE, snapshot, stamp};
+use crate::manager::Manager;
 use crate::naming::Naming;
-
-const SIZE: u64 = 8 << 20;
-
-struct Bench {
-    folder: TempDir,
-}
-
-impl Bench {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        File::create(folder.path().join("base.raw")).unwrap().set_len(SIZE).unwrap();
-        Self { folder }
-    }
-
-    fn open(&self) -> Manager {
-        self.open_with(None)
-    }
-
-    fn open_with(&self, max_overlays: Option<u32>) -> Manager {
-        let disk = DiskConfig {
-            id: "vda".to_owned(),
-            path: self.folder.path().join("base.raw"),
-            format: ImageFormat::Raw,
-            read_only: false,
-            cache: Cache::Writeback,
-            metadata_cache: crate::DEFAULT_METADATA_CACHE,
-            write_errors: WriteErrors::default(),
-            max_overlays,
-        };
-        let state = self.folder.path().join("state");
-        Manager::open(&state, &[disk], AllowedFolders::default(), FreezeDefaults::default(), None).unwrap()
-    }
-}
-
-fn snapshot(manager: &Manager, name: &str) {
-    let freeze = Some(FreezePolicy::Never);
-    manager.create(CreateRequest { name: name.to_owned(), disks: None, freeze }).unwrap();
-}
-
-fn stamp(manager: &Manager, offset: u64, byte: u8) {
-    write_disk(&**manager.chain("vda").unwrap(), offset, &[byte; 4096]).unwrap();
-}
 
 fn content(manager: &Manager) -> Vec<u8> {
     let mut bytes = vec![0; SIZE as usize];
