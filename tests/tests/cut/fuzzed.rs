@@ -166,13 +166,6 @@ fn say(stream: &mut UnixStream, bytes: &[u8]) -> Heard {
     }
 }
 
-/// Kilobytes of memory that the daemon has.
-fn memory(served: &Served) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", served.pid())).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.split_whitespace().next().unwrap().parse().unwrap()
-}
-
 /// That others are served.
 fn is_answered_soon(served: &Served) {
     let asked = Instant::now();
@@ -199,7 +192,7 @@ fn arguments_that_are_wrong_cost_nothing_whatever_the_command() {
     let served = Served::start(WANTED);
     let (shown, words, mut dice) = (Shown::of(&served), words(&served), Dice(0xf1a2));
     let mut client = connect(&served);
-    let (before, kilobytes) = (served.held(), memory(&served));
+    let (before, kilobytes) = (served.held(), served.memory());
     for command in shown.commands() {
         for _ in 0..20 {
             let mut arguments = spoiled(shown.arguments(&command, &mut dice, &words), &mut dice);
@@ -215,7 +208,7 @@ fn arguments_that_are_wrong_cost_nothing_whatever_the_command() {
         is_answered_soon(&served);
     }
     served.lets_go(before);
-    assert!(memory(&served) < kilobytes + (32 << 10), "{} of {kilobytes}", memory(&served));
+    assert!(served.memory() < kilobytes + (32 << 10), "{} of {kilobytes}", served.memory());
 }
 
 /// Calls that may make sense, at random, from clients that leave in the middle: disks come and go under names, exports,
@@ -224,7 +217,7 @@ fn arguments_that_are_wrong_cost_nothing_whatever_the_command() {
 fn a_storm_of_commands_leaves_the_daemon_sound() {
     let mut served = Served::start(WANTED);
     let (shown, words, mut dice) = (Shown::of(&served), words(&served), Dice(0x5eed));
-    let (commands, kilobytes) = (shown.commands(), memory(&served));
+    let (commands, kilobytes) = (shown.commands(), served.memory());
     let (mut client, mut done) = (connect(&served), 0);
     for call in 0..CALLS {
         let command = dice.one_of(&commands);
@@ -242,7 +235,7 @@ fn a_storm_of_commands_leaves_the_daemon_sound() {
             is_answered_soon(&served);
         }
     }
-    assert!(memory(&served) < kilobytes + (128 << 10), "{} of {kilobytes}", memory(&served));
+    assert!(served.memory() < kilobytes + (128 << 10), "{} of {kilobytes}", served.memory());
     assert!(done > CALLS / 10, "only {done} calls made sense");
     drop(client);
     served.stop();

@@ -1,11 +1,14 @@
 //! Disks and snapshots that the daemon serves over NBD, read by others' programs.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use frazil_tests::{Driver, Request};
+use block::testing::Random;
+use frazil_tests::{Driver, ProcessTime, Request};
 use serde_json::{Value, json};
 
 use crate::served::{Served, Wanted};
@@ -160,4 +163,47 @@ fn a_snapshot_is_served_until_the_command_ends_and_what_is_written_to_it_is_thro
     let left = std::fs::read_dir(served.path("state")).unwrap();
     let names: Vec<_> = left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     assert!(!names.iter().any(|name| name.starts_with("scratch")), "{names:?}");
+}
+
+/// Connections of all kinds of ill will, and how much of the daemon is left once they are gone.
+#[test]
+fn clients_of_ill_will_leave_the_daemon_as_it_was() {
+    let served = served();
+    let uri = start_server(&served);
+    served.ask("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "vd0" }));
+    let mut driver = Driver::connect(&served.sockets[0], 1, 1, BLOCK as usize).unwrap();
+    assert_eq!(copy(&served, &uri("vd0")).len() as u64, SIZE);
+    let connect = || UnixStream::connect(served.path("nbd")).unwrap();
+    // The client's flags, then an option of the greatest length that can be said.
+    let endless = [&3_u32.to_be_bytes()[..], b"IHAVEOPT", &[0, 0, 0, 7], &u32::MAX.to_be_bytes()].concat();
+    let round = || {
+        let mut random = Random(7);
+        let silent: Vec<_> = (0..50).map(|_| connect()).collect();
+        for length in 0..100 {
+            let noise: Vec<u8> = (0..length).map(|_| random.number() as u8).collect();
+            // It may be cut off before it has said all.
+            let _ = connect().write_all(&noise);
+            let _ = connect().write_all(&endless[..endless.len().min(length)]);
+        }
+        let mut flood = connect();
+        flood.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+        let _ = flood.write_all(&endless);
+        let _ = (0..1024).all(|_| flood.write_all(&[7; 64 << 10]).is_ok());
+        drop((silent, flood));
+    };
+    // What is made once has been.
+    round();
+    thread::sleep(Duration::from_millis(500));
+    let (held, memory) = (served.held(), served.memory());
+    for _ in 0..3 {
+        round();
+        assert_eq!(driver.queues[0].ask(Request::Write(0)), 0);
+    }
+    served.lets_go(held);
+    assert!(served.memory() < memory + (16 << 10), "{} KiB, and before {memory}", served.memory());
+    let before = ProcessTime::of(served.pid()).unwrap();
+    thread::sleep(Duration::from_millis(500));
+    let used = ProcessTime::of(served.pid()).unwrap().since(before);
+    assert!(used < Duration::from_millis(50), "{used:?} with nothing to do");
+    assert_eq!(copy(&served, &uri("vd0")).len() as u64, SIZE);
 }

@@ -126,6 +126,13 @@ impl Served {
         (count("fd"), count("task"))
     }
 
+    /// Kilobytes of memory that it has.
+    pub(crate) fn memory(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
     /// Waits until it has no more descriptors and threads than it had: those of clients that are gone go soon after.
     pub(crate) fn lets_go(&self, had: (usize, usize)) {
         let deadline = Instant::now() + PATIENCE;

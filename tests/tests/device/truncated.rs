@@ -9,6 +9,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::messages::Before;
 use super::served::{MIB, Served};
 
 const DATA: u64 = FrontEnd::DATA;
@@ -43,16 +44,19 @@ fn assert_served(served: &Served, neighbour: &mut Driver) {
 fn rings_that_are_gone_cost_the_session() {
     let (served, _) = Served::memory(MIB, 1);
     let (other, _) = Served::memory(MIB, 1);
+    let before = Before::new(&served);
     let mut neighbour = Driver::connect(&other.socket, 1, 1, 4096).unwrap();
     for round in 0..3 {
         let mut front_end = front_end(&served);
         read(&mut front_end);
         assert_eq!(front_end.used(0, SOON), Some((0, 513)));
         front_end.kick_without_memory(0);
-        served.wait_sessions(2 * round + 1);
-        assert_served(&served, &mut neighbour);
         served.wait_sessions(2 * round + 2);
+        assert_served(&served, &mut neighbour);
+        served.wait_sessions(2 * round + 3);
     }
+    drop(neighbour);
+    before.check(&served);
 }
 
 /// The rings are there. Where the bytes are copied by us, that is a signal; where they are copied by the kernel, an error
