@@ -31,6 +31,7 @@ mod nbd;
 mod neighbours;
 mod ordinary;
 mod overload;
+mod planned;
 mod prefix;
 mod recipe;
 mod renamed;

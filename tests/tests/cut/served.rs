@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use control::client::Client;
 use frazil_tests::{Driver, Request};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::images::qemu_img;
@@ -153,6 +154,16 @@ impl Served {
     /// Asks it to end, and waits until it has, with success.
     pub(crate) fn stop(&mut self) {
         self.qmp().execute("quit", json!({}), |_, _| {}).unwrap();
+        self.wait_for_end();
+    }
+
+    /// The same by SIGTERM.
+    pub(crate) fn terminate(&mut self) {
+        kill_process(Pid::from_child(self.child.as_ref().unwrap()), Signal::TERM).unwrap();
+        self.wait_for_end();
+    }
+
+    fn wait_for_end(&mut self) {
         let mut child = self.child.take().unwrap();
         let status = bounded("the daemon's end", move || child.wait().unwrap());
         assert!(status.success(), "{status}");
