@@ -181,6 +181,8 @@ fn ranges(memory: &Memory) -> impl Iterator<Item = (usize, usize)> {
 mod tests {
     use super::*;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use std::iter;
+    use vm_memory::GuestAddress;
 
     const MIB: u64 = 1 << 20;
 
@@ -207,5 +209,22 @@ mod tests {
         let file = file(MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB);
         assert!(is_within(&file, 0, 4 * MIB) && is_within(&file, 2 * MIB, 2 * MIB));
         assert!(!is_within(&file, 0, 3 * MIB) && !is_within(&file, 0, 4096));
+    }
+
+    /// A ring that is idle lets go of nothing more: memory that the last request held went on counting.
+    #[test]
+    fn what_nobody_holds_makes_room_for_what_is_announced() {
+        let maps = Maps::new(Allowance::share(1)).unwrap();
+        let give = |at| {
+            maps.announce(iter::once(MIB)).unwrap();
+            maps.publish(&Memory::from_ranges(&[(GuestAddress(at), MIB as usize)]).unwrap()).unwrap();
+        };
+        give(0);
+        let held = maps.current().memory().into_inner();
+        give(MIB);
+        let _rest = maps.allowance.charge((112 << 40) - 2 * MIB).unwrap();
+        assert!(maps.announce(iter::once(MIB)).is_err());
+        drop(held);
+        maps.announce(iter::once(MIB)).unwrap();
     }
 }
