@@ -42,7 +42,8 @@ pub const TARGETS: [(&str, Target); 9] = [
     ("journal", journal),
 ];
 
-/// A header that is accepted says what a plain reading of it does, and the same when it is written anew; and it can be given another backing file, or is left alone.
+/// A header that is accepted says what a plain reading of it does, and the same when it is written anew; and it can be given
+/// another backing file, or is left alone.
 pub fn header(data: &[u8]) {
     let mut bytes = data.to_vec();
     bytes.resize(bytes.len().max(4096).next_multiple_of(512), 0);

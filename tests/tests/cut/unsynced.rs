@@ -27,23 +27,25 @@ struct World {
 }
 
 impl World {
-    fn new() -> Self {
+    /// And a guest that has written to the other half, which no sync will bring to the device.
+    fn new() -> (Self, Driver) {
         let folder = in_memory();
         let broken = Broken::new(folder.path().join("room"));
         let keeper = File::open(&broken.device).unwrap();
         let base = broken.device.clone();
         let served = Served::over(folder, &[base], wanted(1, "raw"), ",werror=report");
         write(&served, 0, 0..FLUSHED, 1);
-        Self { served, broken, _keeper: keeper }
+        let world = Self { served, broken, _keeper: keeper };
+        let driver = world.put(2);
+        (world, driver)
     }
 
-    fn connect(&self) -> Driver {
-        Driver::connect(&self.served.sockets[0], 1, 1, CHUNK).unwrap()
-    }
-
-    fn put(&self, driver: &mut Driver, byte: u8) {
+    /// A guest that has written to the other half.
+    fn put(&self, byte: u8) -> Driver {
+        let mut driver = Driver::connect(&self.served.sockets[0], 1, 1, CHUNK).unwrap();
         driver.queues[0].fill(0, &vec![byte; CHUNK]);
         assert_eq!(driver.queues[0].ask(Request::Write(LOST * CHUNK as u64)), 0);
+        driver
     }
 
     /// Mends the device, and starts another daemon.
@@ -67,9 +69,7 @@ fn chunk(bytes: &[u8], number: u64) -> &[u8] {
 #[test]
 #[ignore = "needs root, to mount a tmpfs and for a loop device"]
 fn what_a_flush_could_not_sync_is_not_shown_by_the_next_daemon() {
-    let mut world = World::new();
-    let mut driver = world.connect();
-    world.put(&mut driver, 2);
+    let (mut world, mut driver) = World::new();
     for _ in 0..2 {
         assert_ne!(driver.queues[0].ask(Request::Flush), 0, "a failed sync is final");
     }
@@ -85,13 +85,12 @@ fn what_a_flush_could_not_sync_is_not_shown_by_the_next_daemon() {
     assert!(shown[..BYTES as usize / 2].iter().any(|byte| *byte != 0), "what was flushed is there");
     let status = world.served.ask("query-frazil", json!({}));
     assert!(!status.to_string().contains("sync-failed"), "{status}");
-    let mut driver = world.connect();
-    world.put(&mut driver, 3);
+    let mut driver = world.put(3);
     assert_eq!(driver.queues[0].ask(Request::Flush), 0);
     assert!(chunk(&world.broken.bytes(), LOST) == [3; CHUNK]);
     // The note of the failure went with it: what is acknowledged now outlives the daemon.
-    world.put(&mut driver, 4);
     drop(driver);
+    drop(world.put(4));
     world.restart();
     assert!(chunk(&world.served.read(0), LOST) == [4; CHUNK]);
 }
@@ -100,9 +99,7 @@ fn what_a_flush_could_not_sync_is_not_shown_by_the_next_daemon() {
 #[test]
 #[ignore = "needs root, to mount a tmpfs and for a loop device"]
 fn a_snapshot_that_could_not_be_sealed_is_dropped_by_the_next_daemon() {
-    let mut world = World::new();
-    let mut driver = world.connect();
-    world.put(&mut driver, 2);
+    let (mut world, mut driver) = World::new();
     let taken = world.served.qmp().execute("snapshot-create", json!({ "name": "bad" }), |_, _| {});
     assert_eq!(world.snapshots()[0]["sealed"], false, "{taken:?}");
     // A flush is a promise about both layers.
@@ -116,8 +113,7 @@ fn a_snapshot_that_could_not_be_sealed_is_dropped_by_the_next_daemon() {
     let (shown, on_disk) = (world.served.read(0), world.broken.bytes());
     assert!(shown[CHUNK..] == on_disk[CHUNK..], "what was lost is shown");
     assert!(chunk(&shown, 0) == [5; CHUNK], "the overlay has lost nothing");
-    let mut driver = world.connect();
-    world.put(&mut driver, 3);
+    let mut driver = world.put(3);
     assert_eq!(driver.queues[0].ask(Request::Flush), 0);
     drop(driver);
     world.served.ask("snapshot-create", json!({ "name": "good" }));
