@@ -1,7 +1,10 @@
 //! Notes of hosted jobs under way, in the state directory: such a job ends with the daemon, and if that was killed, it is the
 //! next one that says which job came to nothing, and what is not whole for it.
+//!
+//! Nothing of it is synced: a small backup takes less time than that would.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use block::{Context, Result};
@@ -20,15 +23,18 @@ impl Note {
     pub(super) fn leave(folder: &Path, id: &str, makes: &str) -> Result<Self> {
         let text = json!({ "id": id, "makes": makes }).to_string() + "\n";
         let note = Self(folder.join(id.to_owned() + SUFFIX));
-        hostio::replace_file(&note.0, text.as_bytes())?;
+        fs::write(&note.0, text).context(|| format!("write {}", note.0.display()))?;
         Ok(note)
     }
 }
 
 impl Drop for Note {
     fn drop(&mut self) {
-        if let Err(error) = hostio::remove_file(&self.0) {
-            warn!(%error, "the next start will say that a job was cut short which was not");
+        match fs::remove_file(&self.0) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                warn!(%error, "the next start will say that a job was cut short which was not");
+            }
+            _ => {}
         }
     }
 }
@@ -37,14 +43,12 @@ impl Drop for Note {
 pub(crate) fn tell(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).context(|| format!("read {}", folder.display()))? {
         let path = entry?.path();
-        // One that was killed while it was written: the job had not begun.
-        if path.to_string_lossy().ends_with(SUFFIX) {
-            let note: Value = serde_json::from_slice(&fs::read(&path)?).unwrap_or_default();
-            let word = |key: &str| note[key].as_str().unwrap_or("unknown").to_owned();
-            let (job, makes) = (word("id"), word("makes"));
+        let note: Value = serde_json::from_slice(&fs::read(&path)?).unwrap_or_default();
+        // Else it was killed while it wrote this: the job had not begun.
+        if let (Some(job), Some(makes)) = (note["id"].as_str(), note["makes"].as_str()) {
             warn!(job, makes, "the daemon ended during this job, which is not gone on with: it is not whole");
         }
-        hostio::remove_file(&path)?;
+        fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
     }
     Ok(())
 }
