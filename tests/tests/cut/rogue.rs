@@ -149,11 +149,11 @@ fn calm_down(served: &Served, name: &str) {
     wait("a job does not end", &|| served.ask("query-jobs", json!({})) == json!([]));
 }
 
-/// Both disks are read all the while: how long the slowest answer took.
+/// Both disks are written to all the while: how long the slowest answer took.
 fn while_served<T>(served: &Served, work: impl FnOnce() -> T) -> (T, Duration) {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        let reads = |socket| {
+        let writes = |socket| {
             let stop = &stop;
             move || {
                 let mut driver = Driver::connect(socket, 1, 1, 4096).unwrap();
@@ -167,10 +167,10 @@ fn while_served<T>(served: &Served, work: impl FnOnce() -> T) -> (T, Duration) {
                 longest
             }
         };
-        let readers: Vec<_> = served.sockets.iter().map(|socket| scope.spawn(reads(socket))).collect();
+        let writers: Vec<_> = served.sockets.iter().map(|socket| scope.spawn(writes(socket))).collect();
         let done = work();
         stop.store(true, Ordering::Relaxed);
-        (done, readers.into_iter().map(|reader| reader.join().unwrap()).max().unwrap())
+        (done, writers.into_iter().map(|writer| writer.join().unwrap()).max().unwrap())
     })
 }
 
