@@ -11,8 +11,8 @@ use crate::throttle::Throttle;
 
 /// Tells the clients of a server what happens.
 ///
-/// Whoever makes an event puts it into the clients' outboxes himself, and never waits. So it comes before the answer to any
-/// command that could know of it, as in QEMU.
+/// Whoever makes an event puts it into the clients' outboxes himself, and never waits. So it comes before the answer to the
+/// command that caused it, and a job's before any answer that knows of them, as in QEMU.
 #[derive(Clone, Debug, Default)]
 pub struct Announcer {
     pub(crate) clients: Arc<Clients>,
@@ -52,6 +52,13 @@ impl Announcer {
         if state.throttle.next() != due {
             self.held.changed.notify_all();
         }
+    }
+
+    /// Tells all that was held back, and then this.
+    pub(crate) fn tell_last(&self, event: &Event) {
+        let waiting = self.held.lock().throttle.waiting();
+        waiting.iter().for_each(|line| self.clients.send(line));
+        self.tell(event);
     }
 
     /// Sends what was held back when its time has come, until [`end`](Self::end).

@@ -27,8 +27,8 @@
 //! # Invariants
 //! - Memory is bounded: at most [`MAX_CLIENTS`] connections, each with one incomplete command of 64 KiB, one that is
 //!   being done, and about 1 MiB of lines to be written.
-//! - No event reaches a client before the reply to its `qmp_capabilities`, and none after the reply to a command that could
-//!   know of it.
+//! - No event reaches a client before the reply to its `qmp_capabilities`. What a command causes is told before its reply, what
+//!   becomes of a job before any reply that knows of it; but for what was told less than a second ago.
 //! - Arguments are checked before a command has any effect; unknown ones are refused.
 //! - What a client sends can end its own connection and nothing else.
 

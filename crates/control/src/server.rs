@@ -60,11 +60,12 @@ impl Server {
         // Not by shutting the listener down: one that was passed on is to be used again.
         let Some(Running { wake, accepting, releasing }) = self.running.take() else { return };
         drop(wake);
-        self.announcer.end();
-        // Their panics, if any, were reported when they happened.
-        let _ = (accepting.join(), releasing.join());
-        last.iter().for_each(|event| self.announcer.tell(event));
+        // Its panic, if any, was reported when it happened.
+        let _ = accepting.join();
+        last.iter().for_each(|event| self.announcer.tell_last(event));
         self.announcer.clients.stop(grace);
+        self.announcer.end();
+        let _ = releasing.join();
     }
 }
 

@@ -8,7 +8,10 @@ const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Events that tell of a state that lasts, so that the last one within an interval is the one that matters. Those
 /// that tell of a step are few by nature and all sent.
-const LIMITED: &[&str] = &["FRAZIL_SPACE_LOW", "FRAZIL_STALL", "FRAZIL_THAW_OWED"];
+const LIMITED: &[&str] = &["FRAZIL_STALL", "FRAZIL_THAW_OWED"];
+
+/// After the one the other is not true any more.
+const ENDS: (&str, &str) = ("FRAZIL_THAW_CONFIRMED", "FRAZIL_THAW_OWED");
 
 /// Holds back events that come too often: all but the last within a second are dropped, and that one is delayed
 /// (`docs/interop/qmp-spec.rst`).
@@ -27,6 +30,11 @@ impl<T> Default for Throttle<T> {
 impl<T> Throttle<T> {
     /// An event has happened: gives it back if it is to be sent now.
     pub(crate) fn offer(&mut self, name: &'static str, event: T, now: Instant) -> Option<T> {
+        if name == ENDS.0
+            && let Some((_, waiting)) = self.held.get_mut(ENDS.1)
+        {
+            *waiting = None;
+        }
         if !LIMITED.contains(&name) {
             return Some(event);
         }
@@ -45,6 +53,11 @@ impl<T> Throttle<T> {
     /// When to ask [`due`](Self::due) again.
     pub(crate) fn next(&self) -> Option<Instant> {
         self.held.values().map(|(due, _)| *due).min()
+    }
+
+    /// All that waits.
+    pub(crate) fn waiting(&mut self) -> Vec<T> {
+        self.held.values_mut().filter_map(|(_, waiting)| waiting.take()).collect()
     }
 
     /// What has waited long enough.
@@ -75,7 +88,7 @@ mod tests {
         assert_eq!(throttle.next(), None);
         assert_eq!(throttle.offer("FRAZIL_STALL", 1, at(0)), Some(1));
         assert_eq!(throttle.offer("FRAZIL_STALL", 2, at(1)), None);
-        assert_eq!(throttle.offer("FRAZIL_SPACE_LOW", 10, at(1)), Some(10));
+        assert_eq!(throttle.offer("FRAZIL_THAW_OWED", 10, at(1)), Some(10));
         assert_eq!(throttle.offer("FRAZIL_STALL", 3, at(2)), None);
         assert_eq!(throttle.next(), Some(at(1000)));
         assert!(throttle.due(at(999)).is_empty());
@@ -85,6 +98,20 @@ mod tests {
         assert!(throttle.due(at(3000)).is_empty());
         assert_eq!(throttle.next(), None, "an idle server must not wake up");
         assert_eq!(throttle.offer("FRAZIL_STALL", 5, at(3001)), Some(5));
+    }
+
+    #[test]
+    fn what_is_not_true_any_more_is_not_sent() {
+        let mut throttle: Throttle<u32> = Throttle::default();
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        assert_eq!(throttle.offer("FRAZIL_THAW_OWED", 1, at(0)), Some(1));
+        assert_eq!(throttle.offer("FRAZIL_THAW_OWED", 2, at(100)), None);
+        assert_eq!(throttle.offer("FRAZIL_STALL", 3, at(100)), Some(3));
+        assert_eq!(throttle.offer("FRAZIL_STALL", 4, at(100)), None);
+        assert_eq!(throttle.offer("FRAZIL_THAW_CONFIRMED", 5, at(300)), Some(5));
+        assert_eq!(throttle.waiting(), [4]);
+        assert!(throttle.due(at(2000)).is_empty());
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub(crate) struct FakeAgent {
 #[derive(Default)]
 struct State {
     frozen: AtomicBool,
+    /// It has been told to freeze.
+    asked: AtomicBool,
     /// What freezes the guest does not come to its end, until this is taken back.
     hangs: AtomicBool,
 }
@@ -39,6 +41,11 @@ impl FakeAgent {
 
     pub(crate) fn is_frozen(&self) -> bool {
         self.state.frozen.load(Ordering::SeqCst)
+    }
+
+    /// Whether it has ever been told to freeze.
+    pub(crate) fn is_asked(&self) -> bool {
+        self.state.asked.load(Ordering::SeqCst)
     }
 
     /// From now on it takes the next freeze, and whatever comes after it, and does not answer. When it does not hang any
@@ -75,8 +82,9 @@ fn serve(client: UnixStream, state: &State) {
     }
 }
 
-fn reply(command: &str, arguments: &Value, State { frozen, hangs }: &State) -> Value {
+fn reply(command: &str, arguments: &Value, State { frozen, asked, hangs }: &State) -> Value {
     let change = |to| {
+        asked.fetch_or(to, Ordering::SeqCst);
         while to && hangs.load(Ordering::SeqCst) {
             thread::sleep(WORK);
         }

@@ -38,7 +38,6 @@ fn a_guest_at_work_sees_a_pause_and_no_error() {
         if round == 3 {
             served.ask("snapshot-create", json!({ "name": "between" }));
         }
-        let begun = Instant::now();
         match round % 2 {
             0 => served.terminate(),
             _ => served.stop(),
@@ -46,6 +45,7 @@ fn a_guest_at_work_sees_a_pause_and_no_error() {
         for (path, _) in served.ids().iter().flat_map(|id| served.layers(id)) {
             check_clean(&path);
         }
+        let begun = Instant::now();
         served.restart();
         for guest in &guests {
             while guest.back().len() as u64 <= round {

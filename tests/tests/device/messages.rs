@@ -75,12 +75,13 @@ impl Before {
     pub(super) fn check(&self, served: &Served) {
         wait_until("files to be closed and threads to end", || open_files() <= self.0 && threads() <= self.1);
         wait_until("memory to be let go", || memory_in_use().1 <= self.2.1);
-        let (before, now) = (self.2.0, memory_in_use().0);
-        assert!(now < before + SOME, "{now} bytes of memory, and before {before}");
-        let begun = ProcessTime::of(std::process::id()).unwrap();
-        std::thread::sleep(Duration::from_millis(200));
-        let used = ProcessTime::of(std::process::id()).unwrap().since(begun);
-        assert!(used < Duration::from_millis(50), "{used:?} with nothing to do");
+        wait_until("memory to be given back", || memory_in_use().0 < self.2.0 + SOME);
+        // Other tests may be at work in this process.
+        wait_until("the processor to have nothing to do", || {
+            let begun = ProcessTime::of(std::process::id()).unwrap();
+            std::thread::sleep(Duration::from_millis(200));
+            ProcessTime::of(std::process::id()).unwrap().since(begun) < Duration::from_millis(50)
+        });
         let mut driver = Driver::connect(&served.socket, 1, 1, 4096).unwrap();
         assert_eq!(driver.queues[0].ask(Request::Read(0)), 0);
     }

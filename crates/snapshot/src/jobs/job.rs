@@ -175,8 +175,16 @@ impl Job {
 
     /// Goes to another status, and tells.
     pub(crate) fn go(&self, to: JobStatus) -> Result<()> {
-        self.state().machine.go(to)?;
+        self.go_telling(to, None)
+    }
+
+    /// The same, with one event more. Nobody finds the job in that status before it is told.
+    fn go_telling(&self, to: JobStatus, more: Option<Event>) -> Result<()> {
+        let mut state = self.state();
+        state.machine.go(to)?;
         self.tell(to);
+        more.into_iter().for_each(|event| self.events.emit(event));
+        drop(state);
         self.changed.notify_all();
         Ok(())
     }
@@ -212,10 +220,9 @@ impl Job {
 
     /// All is copied. Waits until a client completes the job.
     pub(crate) fn ready_point(&self) -> std::result::Result<(), Halt> {
-        self.go(JobStatus::Ready)?;
-        if let Some(end) = self.end() {
-            self.events.emit(Event::JobReady { end: Box::new(end), client: self.identity.client });
-        }
+        let client = self.identity.client;
+        let ready = self.end().map(|end| Event::JobReady { end: Box::new(end), client });
+        self.go_telling(JobStatus::Ready, ready)?;
         let mut state = self.state();
         loop {
             match (state.stopped, state.machine.wish()) {
@@ -239,11 +246,9 @@ impl Job {
     pub fn finalize_point(&self) -> std::result::Result<(), Halt> {
         self.go(JobStatus::Waiting)?;
         self.await_group()?;
-        self.go(JobStatus::Pending)?;
-        if !self.identity.auto_finalize {
-            let (id, client) = (self.identity.id.clone(), self.identity.client);
-            self.events.emit(Event::JobPending { r#type: self.identity.kind, id, client });
-        }
+        let (id, client) = (self.identity.id.clone(), self.identity.client);
+        let pending = Event::JobPending { r#type: self.identity.kind, id, client };
+        self.go_telling(JobStatus::Pending, (!self.identity.auto_finalize).then_some(pending))?;
         let group = self.identity.group.as_ref();
         let mut state = self.state();
         loop {

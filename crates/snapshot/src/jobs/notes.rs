@@ -42,13 +42,16 @@ impl Drop for Note {
 /// Tells of the jobs that an earlier run left, in the log, and forgets them.
 pub(crate) fn tell(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).context(|| format!("read {}", folder.display()))? {
-        let path = entry?.path();
-        let note: Value = serde_json::from_slice(&fs::read(&path)?).unwrap_or_default();
+        let path = entry.context(|| format!("read {}", folder.display()))?.path();
+        let note =
+            fs::read(&path).map_or(Value::Null, |text| serde_json::from_slice(&text).unwrap_or_default());
         // Else it was killed while it wrote this: the job had not begun.
         if let (Some(job), Some(makes)) = (note["id"].as_str(), note["makes"].as_str()) {
             warn!(job, makes, "the daemon ended during this job, which is not gone on with: it is not whole");
         }
-        fs::remove_file(&path).context(|| format!("remove {}", path.display()))?;
+        if let Err(error) = fs::remove_file(&path) {
+            warn!(path = %path.display(), %error, "a note of a job can not be removed");
+        }
     }
     Ok(())
 }

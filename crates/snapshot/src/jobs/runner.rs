@@ -90,8 +90,11 @@ impl Jobs {
         automatic: bool,
     ) -> Result<String> {
         let busy = |story: String| Err(Error::new(ErrorKind::Busy, story));
-        let id = options.job_id.unwrap_or_else(|| usual.to_owned());
         let mut list = self.0.list();
+        let id = match (automatic, options.job_id) {
+            (true, _) => list.free_id(usual),
+            (false, asked) => asked.unwrap_or_else(|| usual.to_owned()),
+        };
         list.admit(&id, automatic)?;
         let is_same = |entry: &&Entry| entry.task.as_ref() == Some(&task) && !entry.is_over();
         if let Some(same) = list.entries.iter().find(is_same) {
@@ -233,6 +236,18 @@ impl List {
             false => Ok(()),
             true => Err(Error::new(ErrorKind::Busy, "the daemon is ending")),
         }
+    }
+
+    /// This id or one like it, that no job has: a client may have given it to one of its own.
+    fn free_id(&self, usual: &str) -> String {
+        let mut id = usual.to_owned();
+        for number in 2.. {
+            if self.entries.iter().all(|entry| entry.job.identity.id != id) {
+                break;
+            }
+            id = format!("{usual}-{number}");
+        }
+        id
     }
 
     /// Whether a job of that id may be entered. Clients that dismiss nothing keep out each other, and no automatic job.

@@ -82,7 +82,8 @@ fn jobs_that_nobody_dismisses_keep_out_those_of_clients_and_no_automatic_ones() 
     let manager = bench.open_with(Some(1));
     let enter = |number: u32| {
         manager.enter_job(HostedJob {
-            id: format!("job-{number}"),
+            // One has the name that an automatic job would have.
+            id: if number == 0 { "merge-vda".to_owned() } else { format!("job-{number}") },
             kind: JobType::Backup,
             speed: 0,
             auto_finalize: true,
