@@ -6,8 +6,6 @@
 //!
 //! None of these is for two threads at once. But for [`set_backing`] they do not sync: their callers have an order.
 
-use std::ops::Range;
-
 use block::{Context, Error, ErrorKind, Result, SECTOR, Storage};
 
 use crate::bytes::be32;
@@ -84,11 +82,11 @@ pub(crate) fn write_backing(
     storage.read_at(&mut old[..there], 0)?;
     let new = rewritten(&header, &old, backing)?;
     let write = || {
-        // Behind the first sector only what the old header has no use for changes.
-        let behind = SECTOR as usize..size;
-        if let Some(range) = changed(&old[behind.clone()], &new[behind]) {
-            let range = range.start + SECTOR as usize..range.end + SECTOR as usize;
-            storage.write_at(&new[range.clone()], range.start as u64)?;
+        // Behind the first sector only what the old header has no use for changes. All of it is written, for what looks unchanged
+        // may be what an attempt before this one could not sync: in the page cache, and nowhere else.
+        let is_used = |at: &usize| old[*at] != 0 || new[*at] != 0;
+        if let Some(last) = (SECTOR as usize..size).rfind(is_used) {
+            storage.write_at(&new[SECTOR as usize..=last], SECTOR)?;
             sync()?;
         }
         storage.write_at(&new[..SECTOR as usize], 0)?;
@@ -166,14 +164,6 @@ fn is_atomic(header: &Header, old: &[u8], new: &[u8]) -> bool {
         let used = used.start.max(SECTOR as usize)..used.end;
         old.get(used.clone()) == new.get(used)
     })
-}
-
-/// The range in which two equally long slices differ.
-fn changed(old: &[u8], new: &[u8]) -> Option<Range<usize>> {
-    let differs = |at: &usize| old[*at] != new[*at];
-    let first = (0..old.len()).find(differs)?;
-    let last = (0..old.len()).rfind(differs)?;
-    Some(first..last + 1)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::{ByteRange, Result, Storage};
+use crate::{ByteRange, Error, ErrorKind, Result, Storage};
 
 use super::MemStorage;
 
@@ -22,6 +22,8 @@ struct State {
     unsynced: Vec<Change>,
     /// Syncs still to be swallowed.
     swallow: u64,
+    /// Syncs still to fail.
+    fail: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -41,20 +43,18 @@ impl CrashStorage {
         self.lock().swallow = count;
     }
 
+    /// The next `count` syncs fail. What they should have brought to the disk shows, and no later sync brings it there, as a
+    /// kernel has it (fsync(2), "ERRORS").
+    pub fn fail_syncs(&self, count: u64) {
+        self.lock().fail = count;
+    }
+
     /// What a loss of power now leaves. `keep` is asked for each unsynced sector, in the order of the writes, whether
     /// it made it to the disk; changes of the length are asked for as well.
     pub fn after_power_loss(&self, mut keep: impl FnMut() -> bool) -> MemStorage {
         let state = self.lock();
         let mut bytes = state.durable.clone();
-        for change in &state.unsynced {
-            match change {
-                Change::SetLen(len) if keep() => bytes.resize(*len, 0),
-                Change::SetLen(_) => {}
-                Change::Write { offset, bytes: written } => {
-                    write_some(&mut bytes, *offset, written, &mut keep)
-                }
-            }
-        }
+        state.unsynced.iter().for_each(|change| change.apply(&mut bytes, &mut keep));
         MemStorage::from(bytes)
     }
 
@@ -65,6 +65,17 @@ impl CrashStorage {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Change {
+    /// Does what of it `keep` keeps.
+    fn apply(&self, bytes: &mut Vec<u8>, keep: &mut impl FnMut() -> bool) {
+        match self {
+            Self::SetLen(len) if keep() => bytes.resize(*len, 0),
+            Self::SetLen(_) => {}
+            Self::Write { offset, bytes: written } => write_some(bytes, *offset, written, keep),
+        }
     }
 }
 
@@ -102,8 +113,12 @@ impl Storage for CrashStorage {
             state.swallow = left;
             return Ok(());
         }
-        state.durable = self.volatile.bytes();
-        state.unsynced.clear();
+        let changes = std::mem::take(&mut state.unsynced);
+        if let Some(left) = state.fail.checked_sub(1) {
+            state.fail = left;
+            return Err(Error::new(ErrorKind::Io, "injected: a sync failed"));
+        }
+        changes.iter().for_each(|change| change.apply(&mut state.durable, &mut || true));
         Ok(())
     }
 

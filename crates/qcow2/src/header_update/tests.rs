@@ -116,6 +116,17 @@ fn a_loss_of_power_leaves_the_old_names_or_the_new_ones() {
     assert!(changes > 150, "{changes}");
 }
 
+/// The second attempt found the bytes behind the first sector as they should be, and left them out.
+#[test]
+fn what_an_attempt_could_not_sync_is_written_again() {
+    let storage = image(16, 3, None, 0);
+    let name = "b".repeat(700);
+    storage.fail_syncs(1);
+    set_backing(&storage, Some((&name, "raw"))).unwrap_err();
+    set_backing(&storage, Some((&name, "raw"))).unwrap();
+    assert_eq!(names(&storage.after_power_loss(|| false)), Some((name, "raw".to_owned())));
+}
+
 #[test]
 fn fields_change_and_nothing_else_does() {
     let storage =
