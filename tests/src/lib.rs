@@ -17,4 +17,4 @@ pub use driver::{Driver, DriverQueue, Request};
 pub use front_end::{Desc, FrontEnd};
 pub use load::{Load, Measured};
 pub use python::{python_programs, run_tool};
-pub use stats::{ProcessTime, open_files, percentile, threads};
+pub use stats::{ProcessTime, kilobytes, open_files, percentile, threads};

@@ -13,6 +13,14 @@ pub fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count)
 }
 
+/// Kilobytes of a process's memory, as the line `name` of its `/proc/PID/status` has it (`VmRSS`, `VmHWM`).
+pub fn kilobytes(pid: u32, name: &str) -> io::Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let rest = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let number = rest.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    number.ok_or_else(|| io::Error::other(format!("{name} is not told")))
+}
+
 /// The processor time that a process has used so far.
 #[derive(Clone, Copy, Debug)]
 pub struct ProcessTime(Duration);

@@ -56,8 +56,7 @@ impl Announcer {
 
     /// Tells all that was held back, and then this.
     pub(crate) fn tell_last(&self, event: &Event) {
-        let waiting = self.held.lock().throttle.waiting();
-        waiting.iter().for_each(|line| self.clients.send(line));
+        self.held.lock().throttle.waiting().iter().for_each(|line| self.clients.send(line));
         self.tell(event);
     }
 

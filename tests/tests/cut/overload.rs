@@ -162,12 +162,6 @@ fn look_around(control: &Path) -> (Duration, &'static str) {
     longest
 }
 
-fn resident(served: &Served) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", served.pid())).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
-}
-
 struct World {
     served: Served,
     agent: FakeAgent,
@@ -281,7 +275,7 @@ fn every_disk_goes_on_whatever_happens_to_the_others() {
     thread::sleep(Duration::from_secs(2));
     load.leave();
     world.calm_down();
-    let (held, memory) = (served.held(), resident(served));
+    let (held, memory) = (served.held(), served.memory() >> 10);
 
     world.agent.hang(true);
     let load = Load::start(served);
@@ -311,7 +305,7 @@ fn every_disk_goes_on_whatever_happens_to_the_others() {
     for (took, _) in &snapshots {
         assert!(*took < PATIENCE, "{took:?}");
     }
-    println!("before {held:?} {memory} MiB; after {:?} {} MiB", served.held(), resident(served));
+    println!("before {held:?} {memory} MiB; after {:?} {} MiB", served.held(), served.memory() >> 10);
     let hung = snapshots
         .iter()
         .filter_map(|(_, taken)| taken.as_ref().ok())
@@ -326,7 +320,7 @@ fn every_disk_goes_on_whatever_happens_to_the_others() {
     let longest = answers.iter().max().unwrap();
     assert!(longest.0 < CONTROL, "{longest:?}");
     served.lets_go(held);
-    let grown = resident(served).saturating_sub(memory);
+    let grown = (served.memory() >> 10).saturating_sub(memory);
     assert!(grown < 64, "{grown} MiB more than the {memory} MiB of before");
     world.agent.wait_until(false, Instant::now() + PATIENCE);
     assert_eq!(served.ask("query-frazil", json!({}))["thaw-owed"], false);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use frazil_tests::{Driver, ProcessTime, Request};
+use frazil_tests::{Driver, ProcessTime, Request, kilobytes};
 use serde_json::{Value, json};
 
 use crate::served::{Served, Wanted};
@@ -128,13 +128,6 @@ fn reply(command: &str, manner: Manner) -> Value {
     json!({ "return": value })
 }
 
-/// Kilobytes, of a line of `/proc/PID/status`.
-fn kilobytes(served: &Served, name: &str) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", served.pid())).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-    line.trim_start_matches(':').split_whitespace().next().unwrap().parse().unwrap()
-}
-
 /// Waits until no thaw is owed, and nothing is left of the snapshot.
 fn calm_down(served: &Served, name: &str) {
     let deadline = Instant::now() + PATIENCE;
@@ -200,7 +193,7 @@ fn an_agent_of_ill_will_costs_its_own_snapshots_their_grade_and_nobody_anything(
         assert_eq!(taken["grade"], "filesystem", "{taken}");
         calm_down(&served, name);
     }
-    let (held, memory) = (served.held(), kilobytes(&served, "VmRSS"));
+    let (held, memory) = (served.held(), served.memory());
     for manner in [
         Manner::Floods,
         Manner::AnswersWithoutEnd,
@@ -221,7 +214,7 @@ fn an_agent_of_ill_will_costs_its_own_snapshots_their_grade_and_nobody_anything(
         calm_down(&served, &name);
         served.lets_go(held);
     }
-    let peak = kilobytes(&served, "VmHWM");
+    let peak = kilobytes(served.pid(), "VmHWM").unwrap();
     assert!(peak < memory + (32 << 10), "{peak} of {memory}");
     let before = ProcessTime::of(served.pid()).unwrap();
     thread::sleep(Duration::from_secs(1));

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use control::client::Client;
-use frazil_tests::{Driver, Request};
+use frazil_tests::{Driver, Request, kilobytes};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -129,9 +129,7 @@ impl Served {
 
     /// Kilobytes of memory that it has.
     pub(crate) fn memory(&self) -> u64 {
-        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse().unwrap()
+        kilobytes(self.pid(), "VmRSS").unwrap()
     }
 
     /// Waits until it has no more descriptors and threads than it had: those of clients that are gone go soon after.

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use frazil_tests::{Driver, FrontEnd, ProcessTime, Request, open_files, threads};
+use frazil_tests::{Driver, FrontEnd, ProcessTime, Request, kilobytes, open_files, threads};
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, fcntl_setfl, memfd_create};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
@@ -52,11 +52,11 @@ const SOME: u64 = 32 << 20;
 
 /// Bytes of memory of this process, and how many pieces of others' files are in its addresses.
 fn memory_in_use() -> (u64, usize) {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    (kilobytes << 10, maps.lines().filter(|line| line.contains("/memfd:")).count())
+    (
+        kilobytes(std::process::id(), "VmRSS").unwrap() << 10,
+        maps.lines().filter(|line| line.contains("/memfd:")).count(),
+    )
 }
 
 /// What is the same before and after, once sessions have let go: descriptors, threads, and what is mapped of front-ends'

@@ -37,6 +37,12 @@ impl Rig {
         self.folder.path().join("qmp")
     }
 
+    /// Tells of a stall of so many milliseconds.
+    fn stall(&self, milliseconds: u32) {
+        let milliseconds = f64::from(milliseconds);
+        self.service.announcer().tell(&Event::Stall { name: "a".into(), step: Step::Drain, milliseconds });
+    }
+
     /// A connection that has been greeted.
     fn raw(&self) -> Raw {
         let stream = UnixStream::connect(self.path()).unwrap();
@@ -342,9 +348,14 @@ fn stopping_answers_what_runs_and_takes_the_socket_away() {
     let (mut busy, mut idle) = (rig.negotiated(), rig.negotiated());
     busy.send(&create("slow"));
     rig.service.wait_for_slow(1);
+    // The second is held back.
+    [1, 2].iter().for_each(|stall| rig.stall(*stall));
     thread::scope(|scope| {
         let service = Arc::clone(&rig.service);
         scope.spawn(move || {
+            for stall in [1.0, 2.0] {
+                assert_eq!(idle.line().unwrap()["data"]["milliseconds"], stall);
+            }
             let told = idle.line().unwrap();
             assert_eq!(
                 (&told["event"], &told["data"]["reason"]),
@@ -384,13 +395,7 @@ fn quit_is_answered() {
 fn stalls_are_told_once_a_second() {
     let rig = Rig::new();
     let mut client = rig.negotiated();
-    for count in 1..=100 {
-        rig.service.announcer().tell(&Event::Stall {
-            name: "a".into(),
-            step: Step::Drain,
-            milliseconds: f64::from(count),
-        });
-    }
+    (1..=100).for_each(|count| rig.stall(count));
     let began = Instant::now();
     let told = [client.line().unwrap(), client.line().unwrap()];
     assert_eq!(told.map(|event| event["data"]["milliseconds"].clone()), [json!(1.0), json!(100.0)]);
